@@ -1,0 +1,18 @@
+"""Fast exact contrastive losses for very large batches, and Generalized Contrastive Learning (arXiv 2404.08535)."""
+
+from ._version import __version__
+from .fields import aggregate_fields
+from .losses import ClipLoss, GCLLoss, gcl_loss
+from .lse import PairwiseLSE, pairwise_logsumexp
+from .score_to_weight import score_to_weight
+
+__all__ = [
+    "gcl_loss",
+    "GCLLoss",
+    "ClipLoss",
+    "pairwise_logsumexp",
+    "PairwiseLSE",
+    "aggregate_fields",
+    "score_to_weight",
+    "__version__",
+]

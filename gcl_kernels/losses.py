@@ -1,0 +1,360 @@
+"""``gcl_loss``, ``GCLLoss`` and ``ClipLoss``: plain PyTorch over ``logsumexp_statistics``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
+from .lse import logsumexp_statistics
+from .score_to_weight import ScoreToWeight, score_to_weight
+from .validation import check_choice, check_fraction, check_ids, check_labels, check_scale, check_tensor, check_weights
+
+DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
+REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
+FIELD_MODES = ("aggregate", "pairwise")
+
+Side = Tensor | Mapping[str, Tensor]
+
+
+def gcl_loss(
+    lhs: Side,
+    rhs: Side,
+    logit_scale: Tensor | float,
+    *,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    lhs_ids: Tensor | None = None,
+    rhs_ids: Tensor | None = None,
+    lhs_field_weights: FieldWeights = None,
+    rhs_field_weights: FieldWeights = None,
+    lhs_field_mask: Tensor | None = None,
+    rhs_field_mask: Tensor | None = None,
+    field_mode: str = "aggregate",
+    directions: str = "both",
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted two-direction softmax loss of Generalized Contrastive Learning (arXiv 2404.08535), without N x M memory.
+
+    With ``s_ij = logit_scale <x_i, y_j>``, labels t and pair weights w::
+
+        l_i = w_i * ( a * (row_i - s_{i,t_i})  +  (1 - a) * (col_{t_i} - s_{i,t_i}) )
+        row_i = logsumexp_j s_ij        col_j = logsumexp_i s_ij        over visible pairs
+
+    Args:
+        lhs, rhs: (N, D) and (M, D) tensors used as given, or mappings of fields (N, D) that are aggregated first.
+        logit_scale: 1 / temperature: a float or a one-element tensor, which may need a gradient.
+        weights: w >= 0, shaped as labels; None: 1, plain CLIP. See ``score_to_weight``.
+        labels: (N,) or (N, P): columns of row i's positives, -1 for none (then l_i = 0, but the row stays a negative for the
+            columns). With P positives l_i is the sum over them. Default ``t_i = i``, needing M >= N; columns beyond the
+            labelled ones are negatives for every row.
+        lhs_ids, rhs_ids: int64 ids, (N,) or (N, K) and (M,) or (M, K). A pair with an equal id >= 0 in any channel is a
+            false negative and is left out, unless labelled.
+        lhs_field_weights, rhs_field_weights, lhs_field_mask, rhs_field_mask: as in ``aggregate_fields``.
+        field_mode: ``"aggregate"``: one vector a side. ``"pairwise"``: l_i is the sum over (f, g) of beta_fg l_i(L_f, R_g)
+            of the normalised fields, beta_fg = u_f v_g (weights summing to 1 a side); a pair leaves out the rows and
+            documents that lack its field.
+        directions: ``"both"`` (a = 1/2), ``"lhs_to_rhs"`` (a = 1) or ``"rhs_to_lhs"`` (a = 0). One direction computes one.
+        reduction: ``"mean"`` = sum(l) / N, ``"weighted_mean"`` = sum(l) / sum(w) over labelled rows (0 where that is 0),
+            ``"sum"``, or ``"none"`` = l (N,).
+        label_smoothing: e in [0, 1]: each (lse - s_pos) becomes (1 - e) (lse - s_pos) + e (lse - mean s). The mean is over
+            all columns (rows), hidden by ids or not: it costs O(N D).
+        z_loss: c >= 0: adds c * lse^2 to each direction (PaLM, arXiv 2204.02311).
+        backend: as in ``pairwise_logsumexp``.
+
+    Returns:
+        0-d loss, or (N,) for ``"none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_choice("directions", directions, tuple(DIRECTIONS))
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("field_mode", field_mode, FIELD_MODES)
+    check_fraction("label_smoothing", label_smoothing, 1.0)
+    check_fraction("z_loss", z_loss, math.inf)
+    left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode)
+    right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode)
+    x, y = left[0][1], right[0][1]
+    check_weights(weights, labels, x.shape[0], x.device)
+
+    loss = x.new_zeros(())
+    for u, x, has_x in left:
+        for v, y, has_y in right:
+            visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y)
+            pair = _row_losses(
+                x,
+                y,
+                logit_scale,
+                weights,
+                *visible,
+                has_x,
+                has_y,
+                DIRECTIONS[directions],
+                label_smoothing,
+                z_loss,
+                backend,
+            )
+            loss = loss + u * v * pair
+    return _reduce(loss, weights, labels, reduction).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class GCLLoss(nn.Module):
+    """:func:`gcl_loss` of ranking scores: ``forward(lhs, rhs, scores, logit_scale)`` with ``w = score_to_weight(scores)``.
+
+    Args:
+        score_to_weight: name or callable; with ``s_max``, ``knots`` and ``normalize`` as in ``gcl_kernels.score_to_weight``.
+        Everything else: as in ``gcl_loss``.
+    """
+
+    def __init__(
+        self,
+        score_to_weight: str | ScoreToWeight = "linear",
+        *,
+        s_max: float = 100.0,
+        knots: Sequence[tuple[float, float]] | None = None,
+        normalize: str | None = None,
+        **options,
+    ):
+        super().__init__()
+        unknown = set(options) - OPTIONS
+        if unknown:
+            raise TypeError(f"GCLLoss: expected options among {sorted(OPTIONS)}, got {sorted(unknown)}")
+        self.score_to_weight = _by_name(score_to_weight, s_max=s_max, knots=knots, normalize=normalize)
+        self.options = options
+
+    def forward(
+        self,
+        lhs: Side,
+        rhs: Side,
+        scores: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        labels: Tensor | None = None,
+        lhs_ids: Tensor | None = None,
+        rhs_ids: Tensor | None = None,
+        lhs_field_mask: Tensor | None = None,
+        rhs_field_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of scores (N,), or (N, P) beside labels (N, P); a score beside label -1 is not looked at."""
+        check_tensor(
+            "scores", scores, (1, 2), (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+        )
+        labelled = labels >= 0 if isinstance(labels, Tensor) and labels.shape == scores.shape else None
+        weights = self.score_to_weight(scores, labelled)
+        return gcl_loss(
+            lhs,
+            rhs,
+            logit_scale,
+            weights=weights,
+            labels=labels,
+            lhs_ids=lhs_ids,
+            rhs_ids=rhs_ids,
+            lhs_field_mask=lhs_field_mask,
+            rhs_field_mask=rhs_field_mask,
+            **self.options,
+        )
+
+
+OPTIONS = {
+    "lhs_field_weights",
+    "rhs_field_weights",
+    "field_mode",
+    "directions",
+    "reduction",
+    "label_smoothing",
+    "z_loss",
+    "backend",
+}
+_by_name = score_to_weight  # inside GCLLoss the name is an argument
+
+
+class ClipLoss(nn.Module):
+    """Drop-in for ``open_clip.ClipLoss``: same constructor and forward arguments, same loss and gradients.
+
+    Constructor: ``local_loss, gather_with_grad, cache_labels, rank, world_size`` mean what they mean in open_clip;
+    ``cache_labels`` changes nothing here (no labels are made) and ``use_horovod=True`` is refused.
+
+    With ``world_size > 1`` features are gathered over the default process group as open_clip gathers them, so its scaling
+    of gradients is kept too, but no rank holds an N x N matrix.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod: expected False (torch.distributed is the only transport), got True")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """CLIP's symmetric cross-entropy of (N, D) features, float32 (float64 for float64 features).
+
+        ``logit_bias`` cancels in a softmax; it is accepted and gets the gradient 0. ``output_dict=True`` returns
+        ``{"contrastive_loss": loss}``.
+        """
+        if self.world_size == 1:
+            loss = gcl_loss(image_features, text_features, logit_scale)
+        else:
+            loss = self._distributed(image_features, text_features, logit_scale)
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        all_images, all_texts = self._gather(image_features), self._gather(text_features)
+        if not self.local_loss:
+            return gcl_loss(all_images, all_texts, logit_scale)
+        n = image_features.shape[0]
+        labels = torch.arange(n, device=image_features.device) + self.rank * n
+        images = gcl_loss(image_features, all_texts, logit_scale, labels=labels, directions="lhs_to_rhs")
+        texts = gcl_loss(text_features, all_images, logit_scale, labels=labels, directions="lhs_to_rhs")
+        return (images + texts) / 2
+
+    def _gather(self, features: Tensor) -> Tensor:
+        """(world_size * N, D); other ranks' part has a gradient only under ``gather_with_grad``, as in open_clip."""
+        if self.gather_with_grad:
+            from torch.distributed.nn.functional import all_gather
+
+            return torch.cat(list(all_gather(features)))
+        parts = [torch.empty_like(features) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, features.detach().contiguous())
+        if not self.local_loss:
+            parts[self.rank] = features  # the local part stays in the graph, as open_clip does here and only here
+        return torch.cat(parts)
+
+
+def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str):
+    """[(weight, (N, D) embedding, rows that have it or None)]: one entry, or one a field in pairwise mode."""
+    if isinstance(side, Tensor):
+        for argument, value in ((f"{name}_field_weights", weights), (f"{name}_field_mask", mask)):
+            if value is not None:
+                raise ValueError(
+                    f"{argument}: expected None for a tensor {name} (no fields to combine), got {type(value).__name__}"
+                )
+        return [(1.0, side, None)]
+    if not isinstance(side, Mapping):
+        raise TypeError(f"{name}: expected a torch.Tensor or a mapping of fields, got {type(side).__name__}")
+    names, tensors = named_fields(name, side)
+    u = normalized_weights(f"{name}_field_weights", weights, names)
+    if mask is not None:
+        check_mask(f"{name}_field_mask", mask, tensors)
+    if field_mode == "aggregate":
+        return [(1.0, aggregate_fields(tensors, u, mask=mask), None)]
+    columns = [None if mask is None else mask[:, f] for f in range(len(tensors))]
+    return [(u[f], _unit_where(x, columns[f]), columns[f]) for f, x in enumerate(tensors)]
+
+
+def _unit_where(x: Tensor, present: Tensor | None) -> Tensor:
+    """Normalised rows in x's dtype; what an absent field holds (NaN even) becomes zero."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x_present = x if present is None else torch.where(present[:, None], x, 0.0)
+    return unit(x_present.to(compute)).to(x.dtype)
+
+
+def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y):
+    """(labels, lhs_ids, rhs_ids) under which rows and columns without the field are neither positives nor negatives.
+
+    Two more id channels say it: in one every row carries id 0 and so does every absent column (other columns -1, which
+    equals nothing); in the other it is the rows' turn.
+    """
+    if has_x is None and has_y is None:
+        return labels, lhs_ids, rhs_ids
+    check_labels(labels, x, y)
+    check_ids(lhs_ids, rhs_ids, x, y)
+    n, m = x.shape[0], y.shape[0]
+    has_x = torch.ones(n, dtype=torch.bool, device=x.device) if has_x is None else has_x
+    has_y = torch.ones(m, dtype=torch.bool, device=y.device) if has_y is None else has_y
+    zero_if_absent = [torch.where(has, -1, 0) for has in (has_x, has_y)]
+    lhs_channels = torch.stack([torch.zeros_like(zero_if_absent[0]), zero_if_absent[0]], dim=1)
+    rhs_channels = torch.stack([zero_if_absent[1], torch.zeros_like(zero_if_absent[1])], dim=1)
+    if lhs_ids is not None and rhs_ids is not None:
+        lhs_channels = torch.cat([lhs_ids.reshape(n, -1), lhs_channels], dim=1)
+        rhs_channels = torch.cat([rhs_ids.reshape(m, -1), rhs_channels], dim=1)
+    labels = torch.arange(n, device=x.device) if labels is None else labels
+    has_positive = has_y[labels.clamp(min=0)] & has_x.reshape(n, *[1] * (labels.ndim - 1))
+    return torch.where(has_positive, labels, -1), lhs_channels, rhs_channels
+
+
+def _row_losses(
+    x, y, logit_scale, weights, labels, lhs_ids, rhs_ids, has_x, has_y, a, label_smoothing, z_loss, backend
+) -> Tensor:
+    """(N,) l_i of one pair of sides, in the statistics' dtype."""
+    row, col, positive = logsumexp_statistics(
+        x, y, logit_scale, labels, lhs_ids, rhs_ids, want_row=a > 0, want_col=a < 1, backend=backend
+    )
+    n = x.shape[0]
+    labels = None if labels is None else labels.reshape(n, -1)
+    column = None if labels is None else labels.clamp(min=0).to(torch.int64)
+    if lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
+        row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
+
+    def direction(lse: Tensor, mean: Tensor | None) -> Tensor:
+        loss = lse - positive
+        if mean is not None:
+            loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
+        return loss + z_loss * lse**2 if z_loss else loss
+
+    def at_labels(v: Tensor) -> Tensor:
+        return v[:n, None] if column is None else v[column]
+
+    scale = check_scale(logit_scale, x) if label_smoothing else None
+    loss = positive.new_zeros(())
+    if a > 0:
+        mean = None if scale is None else scale * _dot_mean(x, y, has_y)[:, None]
+        loss = loss + a * direction(row[:, None], mean)
+    if a < 1:
+        mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x))
+        loss = loss + (1 - a) * direction(at_labels(col), mean)
+    if weights is not None:
+        loss = weights.reshape(n, -1).to(loss.dtype) * loss
+    if labels is not None:
+        loss = torch.where(labels >= 0, loss, 0.0)
+    return loss.sum(dim=1)
+
+
+def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
+    """mean_j <x_i, y_j> over the columns present (an absent one is a zero vector), from the mean vector: O((N + M) D)."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    total = y.sum(dim=0, dtype=compute)
+    count = y.shape[0] if present is None else present.sum().clamp(min=1)
+    return (x.to(compute) * (total / count)).sum(dim=1)
+
+
+def _reduce(loss: Tensor, weights: Tensor | None, labels: Tensor | None, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "mean":
+        return loss.mean()
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if weights is None:
+        weight = torch.full_like(total, loss.numel()) if labels is None else (labels >= 0).sum().to(total.dtype)
+    else:
+        weights = weights.to(total.dtype)
+        weight = (weights if labels is None else torch.where(labels >= 0, weights, 0.0)).sum()
+    return total / torch.where(weight > 0, weight, 1.0)

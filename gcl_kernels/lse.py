@@ -1,0 +1,200 @@
+"""``pairwise_logsumexp``: the one differentiable operation everything else is composed from.
+
+This file validates, picks a backend and holds the one autograd rule; the arithmetic is in ``backends``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .validation import check_ids, check_labels, check_pair, check_scale
+
+
+class PairwiseLSE(NamedTuple):
+    """Result of :func:`pairwise_logsumexp`: float32 (float64 for float64 inputs), differentiable."""
+
+    row: Tensor  # (N,) logsumexp of row i over the columns it sees; -inf if none
+    col: Tensor  # (M,) logsumexp of column j over the rows it sees; -inf if none
+    positive: Tensor  # shaped as labels: s[i, t_i]; 0 for label -1
+
+
+def pairwise_logsumexp(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    lhs_ids: Tensor | None = None,
+    rhs_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> PairwiseLSE:
+    """Row and column logsumexp of ``s = logit_scale * lhs @ rhs.T`` and the positives' logits, without the N x M matrix.
+
+    ``row_i = logsumexp_j s_ij``, ``col_j = logsumexp_i s_ij``, ``positive_i = s[i, t_i]``, over the pairs that are visible.
+
+    Args:
+        lhs: (N, D) embeddings, float64, float32, bfloat16 or float16; used as given (normalise them first for CLIP).
+        rhs: (M, D), same dtype and device.
+        logit_scale: 1 / temperature; a float, or a tensor of one element, which may need a gradient.
+        labels: (N,) or (N, P) integers: column of row i's positive(s), -1 for none. Default ``t_i = i``, needing M >= N.
+        lhs_ids, rhs_ids: (N,) or (N, K) and (M,) or (M, K) int64. A pair with equal ids >= 0 in any channel k is a false
+            negative and leaves both logsumexps, unless it is labelled.
+        backend: ``"torch"``, ``"triton"`` or None, which takes Triton for CUDA/HIP tensors where it can be imported.
+
+    Returns:
+        PairwiseLSE(row (N,), col (M,), positive shaped as labels) in natural-log units. Gradients return in the input dtypes.
+
+    A NaN or infinity in row i makes row_i and every column that sees it non-finite, exactly as dense arithmetic would:
+    no result that depends on it comes out finite. Under autocast lhs and rhs are cast as ``torch.matmul`` would cast them.
+    The backward needs 6 N M D multiply-adds-times-two on top of the forward's 2 and no N x M memory; it cannot be
+    differentiated again.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. Values (label range, ids) are checked
+            on CPU tensors, elsewhere only with ``GCL_KERNELS_DEBUG=1`` since it synchronises the device.
+    """
+    row, col, positive = logsumexp_statistics(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, backend=backend)
+    kind = torch.float64 if lhs.dtype == torch.float64 else torch.float32
+    shape = (lhs.shape[0],) if labels is None else labels.shape
+    return PairwiseLSE(row.to(kind), col.to(kind), positive.reshape(shape).to(kind))
+
+
+def logsumexp_statistics(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor | float,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    *,
+    want_row: bool = True,
+    want_col: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, col, positive (N, P)) in the statistics' dtype (``backends``), so that row - positive keeps its digits.
+
+    A direction that is not wanted is an empty tensor and costs nothing, here or in the backward.
+    """
+    check_pair(lhs, rhs)
+    check_labels(labels, lhs, rhs)
+    check_ids(lhs_ids, rhs_ids, lhs, rhs)
+    lhs, rhs = autocast_like_matmul(lhs, rhs)
+    scale = check_scale(logit_scale, lhs)
+    name = backends.choose(backend, lhs.device)
+    if labels is not None:
+        labels = labels.reshape(lhs.shape[0], -1).to(torch.int64)
+    if lhs_ids is not None and rhs_ids is not None:
+        lhs_ids, rhs_ids = lhs_ids.reshape(lhs.shape[0], -1), rhs_ids.reshape(rhs.shape[0], -1)
+    return _forward(lhs, rhs, scale, labels, lhs_ids, rhs_ids, want_row, want_col, name)
+
+
+def autocast_like_matmul(lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    device = lhs.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (lhs.dtype, rhs.dtype):
+        dtype = torch.get_autocast_dtype(device)
+        return lhs.to(dtype), rhs.to(dtype)
+    if lhs.dtype != rhs.dtype:
+        raise TypeError(f"rhs: expected the dtype of lhs, {lhs.dtype}, got {rhs.dtype}")
+    return lhs, rhs
+
+
+# The autograd rule, as custom operators so that torch.compile sees one node and never the tiles inside.
+
+
+@torch.library.custom_op("gcl_kernels::pairwise_logsumexp", mutates_args=())
+def _forward(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    want_row: bool,
+    want_col: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.load(backend).forward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col)
+
+
+@_forward.register_fake
+def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col, backend):
+    kind = backends.statistics_dtype(lhs.device)
+    n, m = lhs.shape[0], rhs.shape[0]
+    return (
+        lhs.new_empty(n if want_row else 0, dtype=kind),
+        lhs.new_empty(m if want_col else 0, dtype=kind),
+        lhs.new_empty((n, 1 if labels is None else labels.shape[1]), dtype=kind),
+    )
+
+
+@torch.library.custom_op("gcl_kernels::pairwise_logsumexp_backward", mutates_args=())
+def _backward(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    row: Tensor,
+    col: Tensor,
+    positive: Tensor,
+    g_row: Tensor | None,
+    g_col: Tensor | None,
+    g_positive: Tensor | None,
+    need_lhs: bool,
+    need_rhs: bool,
+    need_scale: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.load(backend).backward(
+        lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive,
+        need_lhs, need_rhs, need_scale,
+    )  # fmt: skip
+
+
+@_backward.register_fake
+def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive,
+      need_lhs, need_rhs, need_scale, backend):  # fmt: skip
+    return (
+        lhs.new_empty(lhs.shape if need_lhs else 0),
+        rhs.new_empty(rhs.shape if need_rhs else 0),
+        logit_scale.new_empty(()) if need_scale else lhs.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want_row, ctx.want_col, ctx.backend = inputs
+    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, g_row, g_col, g_positive):
+    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive = ctx.saved_tensors
+    need_lhs, need_rhs, need_scale = ctx.needs_input_grad[:3]
+    g_row = g_row if ctx.want_row else None
+    g_col = g_col if ctx.want_col else None
+    dlhs, drhs, dscale = _backward(
+        lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive,
+        need_lhs, need_rhs, need_scale, ctx.backend,
+    )  # fmt: skip
+    return (
+        dlhs if need_lhs else None,
+        drhs if need_rhs else None,
+        dscale if need_scale else None,
+        *[None] * 6,
+    )
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "pairwise_logsumexp: expected one backward pass, got a second through its gradient; double backward is not "
+        "supported (reference.pairwise_logsumexp can be differentiated any number of times)"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse_double_backward, setup_context=lambda ctx, inputs, output: None)

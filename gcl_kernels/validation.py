@@ -1,0 +1,127 @@
+"""Checks shared by the public functions. A message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether values may be looked at: not under torch.compile, and on a device other than the CPU only in debug mode."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or debug())
+
+
+def debug() -> bool:
+    return os.environ.get("GCL_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def check_tensor(name: str, x: object, ndim: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.ndim not in ndim:
+        expected = " or ".join(f"{d}-d" for d in ndim)
+        raise ValueError(f"{name}: expected a {expected} tensor, got shape {tuple(x.shape)}")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected the device of lhs, {device}, got {x.device}")
+
+
+def check_pair(lhs: Tensor, rhs: Tensor) -> None:
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        check_tensor(name, x, (2,))
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(x.shape)}")
+    if lhs.shape[1] != rhs.shape[1]:
+        raise ValueError(f"rhs: expected (M, {lhs.shape[1]}) to match lhs {tuple(lhs.shape)}, got {tuple(rhs.shape)}")
+    check_device("rhs", rhs, lhs.device)
+
+
+def check_scale(logit_scale: Tensor | float, lhs: Tensor) -> Tensor:
+    """logit_scale as a 0-d tensor on lhs's device, float64 for float64 inputs and float32 otherwise."""
+    kind = torch.float64 if lhs.dtype == torch.float64 else torch.float32
+    if isinstance(logit_scale, Tensor):
+        if not logit_scale.is_floating_point():
+            raise TypeError(f"logit_scale: expected a float or a floating-point tensor, got {logit_scale.dtype}")
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale: expected one element, got shape {tuple(logit_scale.shape)}")
+        check_device("logit_scale", logit_scale, lhs.device)
+        return logit_scale.reshape(()).to(kind)
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
+        raise TypeError(f"logit_scale: expected a float or a tensor of one element, got {type(logit_scale).__name__}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    return torch.full((), float(logit_scale), dtype=kind, device=lhs.device)
+
+
+def check_labels(labels: Tensor | None, lhs: Tensor, rhs: Tensor) -> None:
+    n, m = lhs.shape[0], rhs.shape[0]
+    if labels is None:
+        if m < n:
+            raise ValueError(f"labels: expected labels for M < N (row i's default positive is column i), got None with "
+                             f"N = {n}, M = {m}")  # fmt: skip
+        return
+    check_tensor("labels", labels, (1, 2), INTEGERS)
+    if labels.shape[0] != n or 0 in labels.shape:
+        raise ValueError(f"labels: expected ({n},) or ({n}, P), got {tuple(labels.shape)}")
+    check_device("labels", labels, lhs.device)
+    if may_read(labels):
+        low, high = int(labels.min()), int(labels.max())
+        if low < -1 or high >= m:
+            raise ValueError(f"labels: expected columns 0..{m - 1}, or -1 for none, got values from {low} to {high}")
+
+
+def check_ids(lhs_ids: Tensor | None, rhs_ids: Tensor | None, lhs: Tensor, rhs: Tensor) -> None:
+    if lhs_ids is None and rhs_ids is None:
+        return
+    if lhs_ids is None or rhs_ids is None:
+        absent, given = ("lhs_ids", "rhs_ids") if lhs_ids is None else ("rhs_ids", "lhs_ids")
+        raise ValueError(f"{absent}: expected ids together with {given}, got None")
+    for name, ids, n in (("lhs_ids", lhs_ids, lhs.shape[0]), ("rhs_ids", rhs_ids, rhs.shape[0])):
+        check_tensor(name, ids, (1, 2), (torch.int64,))
+        if ids.shape[0] != n or 0 in ids.shape:
+            raise ValueError(f"{name}: expected ({n},) or ({n}, K), got {tuple(ids.shape)}")
+        check_device(name, ids, lhs.device)
+    left, right = (ids.shape[1] if ids.ndim == 2 else 1 for ids in (lhs_ids, rhs_ids))
+    if left != right:
+        raise ValueError(f"rhs_ids: expected {left} channels as in lhs_ids, got {right}")
+
+
+def check_weights(weights: Tensor | None, labels: Tensor | None, n: int, device: torch.device) -> None:
+    if weights is None:
+        return
+    expected = (n,) if labels is None else tuple(labels.shape)
+    check_tensor("weights", weights, (1, 2), (*DTYPES, *INTEGERS))
+    if tuple(weights.shape) != expected:
+        raise ValueError(f"weights: expected shape {expected}, that of labels, got {tuple(weights.shape)}")
+    check_device("weights", weights, device)
+    if may_read(weights):
+        used = weights.detach() if labels is None else weights.detach()[labels >= 0]
+        bad = ~(torch.isfinite(used) & (used >= 0))
+        if bool(bad.any()):
+            raise ValueError(
+                f"weights: expected finite numbers >= 0, got {used[bad][0].item()} ({int(bad.sum())} such)"
+            )
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_fraction(name: str, value: float, upper: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value <= upper:
+        limit = f"in [0, {upper:g}]" if math.isfinite(upper) else ">= 0"
+        raise ValueError(f"{name}: expected a number {limit}, got {value}")

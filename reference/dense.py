@@ -1,0 +1,198 @@
+"""Dense reference of the loss (all N x M logits in memory). Symbols as in the README: s, t, w, row, col, l."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PairwiseLSE(NamedTuple):
+    row: Tensor  # (N,)  logsumexp over the columns that row i sees
+    col: Tensor  # (M,)  logsumexp over the rows that column j sees
+    positive: Tensor  # shaped as labels: s[i, t_i], 0 where t_i = -1
+
+
+def diagonal_labels(n: int, device: torch.device | None = None) -> Tensor:
+    return torch.arange(n, device=device)
+
+
+def hidden_pairs(labels: Tensor, m: int, lhs_ids: Tensor | None, rhs_ids: Tensor | None) -> Tensor:
+    """(N, M) bool: pairs that are false negatives. Equal non-negative ids in any channel hide a pair; a label shows it."""
+    n = labels.shape[0]
+    if lhs_ids is None or rhs_ids is None:
+        return torch.zeros(n, m, dtype=torch.bool, device=labels.device)
+    left = lhs_ids.reshape(n, 1, -1)
+    right = rhs_ids.reshape(1, m, -1)
+    same_id = ((left == right) & (left >= 0)).any(dim=2)
+    columns = torch.arange(m, device=labels.device)
+    labelled = (labels.reshape(n, -1, 1) == columns).any(dim=1)
+    return same_id & ~labelled
+
+
+def safe_logsumexp(s: Tensor, hidden: Tensor, dim: int) -> Tensor:
+    """logsumexp over what is visible; -inf with gradient 0 where nothing is."""
+    empty = hidden.all(dim=dim, keepdim=True)
+    lse = s.masked_fill(hidden & ~empty, -torch.inf).logsumexp(dim)  # an empty line is left unmasked: no NaN gradient
+    return torch.where(empty.squeeze(dim), -torch.inf, lse)
+
+
+def pairwise_logsumexp(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    lhs_ids: Tensor | None = None,
+    rhs_ids: Tensor | None = None,
+) -> PairwiseLSE:
+    """s = logit_scale * lhs @ rhs.T; its row and column logsumexp over visible pairs, and the positives' logits."""
+    n, m = lhs.shape[0], rhs.shape[0]
+    labels = diagonal_labels(n, lhs.device) if labels is None else labels
+    s = logit_scale * (lhs @ rhs.T)
+    hidden = hidden_pairs(labels, m, lhs_ids, rhs_ids)
+    row = safe_logsumexp(s, hidden, dim=1)
+    col = safe_logsumexp(s, hidden, dim=0)
+    positive = s.gather(1, labels.clamp(min=0).reshape(n, -1)).reshape(labels.shape)
+    return PairwiseLSE(row, col, torch.where(labels >= 0, positive, 0.0))
+
+
+def aggregate_fields(
+    fields: Mapping[str, Tensor],
+    weights: Mapping[str, float] | None = None,
+    *,
+    mask: Tensor | None = None,
+    normalize_fields: bool = True,
+    normalize: bool = True,
+) -> Tensor:
+    """Weighted mean of the (normalised) fields a row has, normalised again. A row without a field, or with a zero mean, is 0."""
+    stack = torch.stack(list(fields.values()), dim=1)  # (N, F, D)
+    n, f, _ = stack.shape
+    w = stack.new_ones(f) if weights is None else stack.new_tensor([weights[name] for name in fields])
+    present = torch.ones(n, f, dtype=torch.bool, device=stack.device) if mask is None else mask
+    if normalize_fields:
+        stack = unit(stack)
+    w = torch.where(present, w, 0.0)  # (N, F)
+    total = w.sum(dim=1, keepdim=True)
+    w = torch.where(total > 0, w / torch.where(total > 0, total, 1.0), 0.0)
+    mean = torch.where(present[..., None], w[..., None] * stack, 0.0).sum(dim=1)
+    return unit(mean) if normalize else mean
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last dimension; a zero vector stays zero with gradient 0."""
+    square = (x * x).sum(dim=-1, keepdim=True)
+    zero = square == 0
+    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, square).sqrt())
+
+
+def score_to_weight(name: str, scores: Tensor, s_max: float = 100.0) -> Tensor:
+    """w(s) for the functions that need no further parameters."""
+    return {
+        "constant": torch.ones_like(scores),
+        "linear": scores,
+        "inverse": s_max / (s_max - scores + 1),
+        "inverse_sqrt": s_max / (s_max - scores + 1) ** 0.5,
+        "log": (1 + scores).log(),
+    }[name]
+
+
+def gcl_loss(
+    lhs: Tensor | Mapping[str, Tensor],
+    rhs: Tensor | Mapping[str, Tensor],
+    logit_scale: Tensor | float,
+    *,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    lhs_ids: Tensor | None = None,
+    rhs_ids: Tensor | None = None,
+    lhs_field_weights: Mapping[str, float] | None = None,
+    rhs_field_weights: Mapping[str, float] | None = None,
+    lhs_field_mask: Tensor | None = None,
+    rhs_field_mask: Tensor | None = None,
+    field_mode: str = "aggregate",
+    directions: str = "both",
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """l_i = sum_p w_ip * ( a * D(row_i) + (1 - a) * D(col_{t_ip}) ), with a = 1/2, 1 or 0 by ``directions`` and
+
+    D(lse) = (1 - e) * (lse - s_it) + e * (lse - mean s) + c * lse^2, e = label_smoothing, c = z_loss, the mean over all
+    columns (rows), hidden or not. ``field_mode="pairwise"``: l_i is the sum over field pairs (f, g) of beta_fg l_i(L_f, R_g),
+    beta_fg = u_f v_g with u and v the field weights of each side divided by their sum.
+    """
+    n = count_rows(lhs)
+    device = labels.device if labels is not None else None
+    labels = torch.arange(n, device=device) if labels is None else labels
+    weights = torch.ones(labels.shape) if weights is None else weights
+
+    if field_mode == "aggregate":
+        lhs = aggregate_fields(lhs, lhs_field_weights, mask=lhs_field_mask) if isinstance(lhs, Mapping) else lhs
+        rhs = aggregate_fields(rhs, rhs_field_weights, mask=rhs_field_mask) if isinstance(rhs, Mapping) else rhs
+        pairs = [(1.0, lhs, rhs, all_rows(lhs), all_rows(rhs))]
+    else:
+        pairs = [
+            (u * v, x, y, has_x, has_y)
+            for u, x, has_x in weighted_fields(lhs, lhs_field_weights, lhs_field_mask)
+            for v, y, has_y in weighted_fields(rhs, rhs_field_weights, rhs_field_mask)
+            if has_x.any() and has_y.any()
+        ]
+
+    a = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}[directions]
+    loss = torch.zeros(n)
+    for beta, x, y, has_x, has_y in pairs:
+        # a row whose field is absent is neither a query nor a negative: it leaves the batch
+        keep = torch.where(has_y, torch.cumsum(has_y, 0) - 1, -1)  # old column -> new column
+        t = torch.where(labels >= 0, keep[labels.clamp(min=0)], -1)[has_x]
+        ids = (None, None) if lhs_ids is None or rhs_ids is None else (lhs_ids[has_x], rhs_ids[has_y])
+        l_pair = one_pair_loss(
+            x[has_x], y[has_y], logit_scale, weights[has_x].to(x), t, ids, a, label_smoothing, z_loss
+        )
+        loss = loss.to(l_pair) + beta * torch.zeros_like(loss).to(l_pair).index_put((has_x.nonzero()[:, 0],), l_pair)
+
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / n
+    total = torch.where(labels >= 0, weights, 0.0).sum().to(loss)  # a row without a positive carries no weight
+    return loss.sum() / torch.where(total > 0, total, 1.0)
+
+
+def one_pair_loss(x, y, logit_scale, weights, labels, ids, a, label_smoothing, z_loss) -> Tensor:
+    """(N,) losses of one (N, D) side against one (M, D) side."""
+    row, col, positive = pairwise_logsumexp(x, y, logit_scale, labels=labels, lhs_ids=ids[0], rhs_ids=ids[1])
+    s = logit_scale * (x @ y.T)
+    labels, weights, positive = (v.reshape(x.shape[0], -1) for v in (labels, weights, positive))  # (N, P)
+    column = labels.clamp(min=0)
+
+    def direction(lse: Tensor, mean: Tensor) -> Tensor:
+        cross_entropy = (1 - label_smoothing) * (lse - positive) + label_smoothing * (lse - mean)
+        return cross_entropy + z_loss * lse**2
+
+    loss = torch.zeros_like(positive)
+    if a > 0:
+        loss = loss + a * direction(row[:, None], s.mean(dim=1)[:, None])
+    if a < 1:
+        loss = loss + (1 - a) * direction(col[column], s.mean(dim=0)[column])
+    return torch.where(labels >= 0, weights * loss, 0.0).sum(dim=1)
+
+
+def count_rows(side: Tensor | Mapping[str, Tensor]) -> int:
+    return (next(iter(side.values())) if isinstance(side, Mapping) else side).shape[0]
+
+
+def all_rows(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+
+
+def weighted_fields(side, weights, mask):
+    """(weight / sum of weights, embedding, rows that have the field) for each field; a bare tensor is one field, as given."""
+    if not isinstance(side, Mapping):
+        return [(1.0, side, all_rows(side))]
+    w = [1.0 if weights is None else float(weights[name]) for name in side]
+    return [(w[f] / sum(w), unit(x), all_rows(x) if mask is None else mask[:, f]) for f, x in enumerate(side.values())]
