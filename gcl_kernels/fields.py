@@ -50,7 +50,7 @@ def aggregate_fields(
         x = x.to(compute)
         if mask is not None:
             x = torch.where(mask[:, f : f + 1], x, 0.0)
-            present_weight = present_weight + u[f] * mask[:, f : f + 1]
+            present_weight = present_weight + u[f] * mask[:, f : f + 1].to(compute)
         total = total + u[f] * (unit(x) if normalize_fields else x)
     if mask is not None:
         total = total / torch.where(present_weight > 0, present_weight, 1.0)
@@ -82,7 +82,7 @@ def named_fields(name: str, fields: Fields) -> tuple[list[str], list[Tensor]]:
         raise ValueError(f"{name}: expected at least one field, got none")
     for key, x in zip(names, tensors, strict=True):
         check_tensor(f"{name}[{key}]", x, (2,))
-        check_device(f"{name}[{key}]", x, tensors[0].device)
+        check_device(f"{name}[{key}]", x, tensors[0].device, f"{name}[{names[0]}]")
         if x.shape != tensors[0].shape or 0 in x.shape:
             raise ValueError(f"{name}[{key}]: expected shape {tuple(tensors[0].shape)}, got {tuple(x.shape)}")
         if x.dtype != tensors[0].dtype:
@@ -112,4 +112,4 @@ def check_mask(name: str, mask: Tensor, tensors: list[Tensor]) -> None:
     expected = tensors[0].shape[0], len(tensors)
     if tuple(mask.shape) != expected:
         raise ValueError(f"{name}: expected shape {expected}, rows x fields, got {tuple(mask.shape)}")
-    check_device(name, mask, tensors[0].device)
+    check_device(name, mask, tensors[0].device, "its fields")

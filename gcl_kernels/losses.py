@@ -8,10 +8,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .backends import statistics_dtype
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
 from .lse import logsumexp_statistics
 from .score_to_weight import ScoreToWeight, score_to_weight
-from .validation import check_choice, check_fraction, check_ids, check_labels, check_scale, check_tensor, check_weights
+from .validation import (
+    check_choice,
+    check_fraction,
+    check_ids,
+    check_labels,
+    check_pair,
+    check_scale,
+    check_tensor,
+    check_weights,
+)
 
 DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
@@ -89,18 +99,9 @@ def gcl_loss(
         for v, y, has_y in right:
             visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y)
             pair = _row_losses(
-                x,
-                y,
-                logit_scale,
-                weights,
-                *visible,
-                has_x,
-                has_y,
-                DIRECTIONS[directions],
-                label_smoothing,
-                z_loss,
-                backend,
-            )
+                x, y, logit_scale, weights, *visible, has_x, has_y,
+                DIRECTIONS[directions], label_smoothing, z_loss, reduction != "none", backend,
+            )  # fmt: skip
             loss = loss + u * v * pair
     return _reduce(loss, weights, labels, reduction).to(torch.promote_types(x.dtype, torch.float32))
 
@@ -252,9 +253,7 @@ def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, fie
     if isinstance(side, Tensor):
         for argument, value in ((f"{name}_field_weights", weights), (f"{name}_field_mask", mask)):
             if value is not None:
-                raise ValueError(
-                    f"{argument}: expected None for a tensor {name} (no fields to combine), got {type(value).__name__}"
-                )
+                raise ValueError(f"{argument}: expected None beside a tensor {name}, got {type(value).__name__}")
         return [(1.0, side, None)]
     if not isinstance(side, Mapping):
         raise TypeError(f"{name}: expected a torch.Tensor or a mapping of fields, got {type(side).__name__}")
@@ -300,15 +299,25 @@ def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y):
 
 
 def _row_losses(
-    x, y, logit_scale, weights, labels, lhs_ids, rhs_ids, has_x, has_y, a, label_smoothing, z_loss, backend
+    x, y, logit_scale, weights, labels, lhs_ids, rhs_ids, has_x, has_y, a, label_smoothing, z_loss, reduced, backend
 ) -> Tensor:
-    """(N,) l_i of one pair of sides, in the statistics' dtype."""
-    row, col, positive = logsumexp_statistics(
-        x, y, logit_scale, labels, lhs_ids, rhs_ids, want_row=a > 0, want_col=a < 1, backend=backend
-    )
-    n = x.shape[0]
+    """(N,) l_i of one pair of sides, in the statistics' dtype. ``reduced``: the caller sums them with equal factors."""
+    n, m = x.shape[0], y.shape[0]
+    check_pair(x, y)
+    check_labels(labels, x, y)
     labels = None if labels is None else labels.reshape(n, -1)
     column = None if labels is None else labels.clamp(min=0).to(torch.int64)
+    w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
+    w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
+    promise = None
+    if reduced and a != 0.5 and z_loss == 0:
+        # sum_i w_i (lse_i - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
+        g = w.detach().to(statistics_dtype(x.device))
+        g_lse = g.sum(dim=1) if a == 1 else _sum_by_column(g, column, m)
+        promise = g_lse, -(1 - label_smoothing) * g
+    row, col, positive = logsumexp_statistics(
+        x, y, logit_scale, labels, lhs_ids, rhs_ids, want_row=a > 0, want_col=a < 1, promise=promise, backend=backend
+    )
     if lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
         row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
 
@@ -329,11 +338,19 @@ def _row_losses(
     if a < 1:
         mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x))
         loss = loss + (1 - a) * direction(at_labels(col), mean)
-    if weights is not None:
-        loss = weights.reshape(n, -1).to(loss.dtype) * loss
+    loss = w.to(loss.dtype) * loss
     if labels is not None:
-        loss = torch.where(labels >= 0, loss, 0.0)
+        loss = torch.where(labels >= 0, loss, 0.0)  # not 0 * NaN
     return loss.sum(dim=1)
+
+
+def _sum_by_column(g: Tensor, column: Tensor | None, m: int) -> Tensor:
+    """(M,) sum of g (N, P) over the labels that name each column, in a fixed order."""
+    total = g.new_zeros(m)
+    if column is None:
+        total[: len(g)] = g[:, 0]
+        return total
+    return total.index_put((column,), g, accumulate=True)
 
 
 def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .validation import check_ids, check_labels, check_pair, check_scale
+from .validation import check_ids, check_labels, check_pair, check_scale, debug
 
 
 class PairwiseLSE(NamedTuple):
@@ -73,11 +73,16 @@ def logsumexp_statistics(
     *,
     want_row: bool = True,
     want_col: bool = True,
+    promise: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, col, positive (N, P)) in the statistics' dtype (``backends``), so that row - positive keeps its digits.
 
     A direction that is not wanted is an empty tensor and costs nothing, here or in the backward.
+
+    ``promise``: for one direction, a caller that knows its upstream gradients up to one common factor gives them here: (of
+    row or col, of positive (N, P)). The gradients are then formed beside the logsumexp, from the same logits. The
+    promise must hold: the backward reads nothing but the factor (``GCL_KERNELS_DEBUG=1`` checks it).
     """
     check_pair(lhs, rhs)
     check_labels(labels, lhs, rhs)
@@ -89,7 +94,11 @@ def logsumexp_statistics(
         labels = labels.reshape(lhs.shape[0], -1).to(torch.int64)
     if lhs_ids is not None and rhs_ids is not None:
         lhs_ids, rhs_ids = lhs_ids.reshape(lhs.shape[0], -1), rhs_ids.reshape(rhs.shape[0], -1)
-    return _forward(lhs, rhs, scale, labels, lhs_ids, rhs_ids, want_row, want_col, name)
+    need = [torch.is_grad_enabled() and x.requires_grad for x in (lhs, rhs, scale)]
+    g_lse = g_positive = None
+    if promise is not None and any(need) and name in backends.WITH_GRADIENT:
+        g_lse, g_positive = (g.detach() for g in promise)
+    return _forward(lhs, rhs, scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_lse, g_positive, *need, name)[:3]
 
 
 def autocast_like_matmul(lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,19 +124,34 @@ def _forward(
     rhs_ids: Tensor | None,
     want_row: bool,
     want_col: bool,
+    g_lse: Tensor | None,
+    g_positive: Tensor | None,
+    need_lhs: bool,
+    need_rhs: bool,
+    need_scale: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.load(backend).forward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row, col, positive), and the promised gradients (dlhs, drhs, dscale), empty without a promise."""
+    module = backends.load(backend)
+    inputs = lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids
+    if g_lse is not None and g_positive is not None:
+        return module.forward_with_gradient(*inputs, want_row, g_lse, g_positive, need_lhs, need_rhs, need_scale)
+    row, col, positive = module.forward(*inputs, want_row, want_col)
+    return row, col, positive, lhs.new_empty(0), lhs.new_empty(0), lhs.new_empty(0)
 
 
 @_forward.register_fake
-def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col, backend):
+def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_lse, g_positive,
+      need_lhs, need_rhs, need_scale, backend):  # fmt: skip
     kind = backends.statistics_dtype(lhs.device)
-    n, m = lhs.shape[0], rhs.shape[0]
+    n, m, promised = lhs.shape[0], rhs.shape[0], g_lse is not None
     return (
         lhs.new_empty(n if want_row else 0, dtype=kind),
         lhs.new_empty(m if want_col else 0, dtype=kind),
         lhs.new_empty((n, 1 if labels is None else labels.shape[1]), dtype=kind),
+        lhs.new_empty(lhs.shape if promised and need_lhs else 0),
+        lhs.new_empty(rhs.shape if promised and need_rhs else 0),
+        logit_scale.new_empty(() if promised and need_scale else 0) if promised else lhs.new_empty(0),
     )
 
 
@@ -162,31 +186,42 @@ def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row
     return (
         lhs.new_empty(lhs.shape if need_lhs else 0),
         rhs.new_empty(rhs.shape if need_rhs else 0),
-        logit_scale.new_empty(()) if need_scale else lhs.new_empty(0),
+        logit_scale.new_empty(() if need_scale else 0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want_row, ctx.want_col, ctx.backend = inputs
-    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, *output)
+    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want_row, ctx.want_col, g_lse, _, *_, ctx.backend = inputs
+    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_lse, *output)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, g_row, g_col, g_positive):
-    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive = ctx.saved_tensors
-    need_lhs, need_rhs, need_scale = ctx.needs_input_grad[:3]
+def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
+    if any(g is not None and g.numel() for g in through_the_gradients):
+        _refuse_double_backward(ctx)
+    *inputs, g_promised, row, col, positive, dlhs, drhs, dscale = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
     g_row = g_row if ctx.want_row else None
     g_col = g_col if ctx.want_col else None
-    dlhs, drhs, dscale = _backward(
-        lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive,
-        need_lhs, need_rhs, need_scale, ctx.backend,
-    )  # fmt: skip
-    return (
-        dlhs if need_lhs else None,
-        drhs if need_rhs else None,
-        dscale if need_scale else None,
-        *[None] * 6,
-    )
+    if g_promised is None:
+        gradients = _backward(*inputs, row, col, positive, g_row, g_col, g_positive, *need, ctx.backend)
+    else:
+        factor = _common_factor(g_row if ctx.want_row else g_col, g_promised)
+        gradients = [g * factor.to(g.dtype) for g in (dlhs, drhs, dscale)]
+    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 11)
+
+
+def _common_factor(actual: Tensor | None, promised: Tensor) -> Tensor:
+    """k of actual = k * promised, without reading a number on the host."""
+    if actual is None:
+        return promised.new_zeros(())
+    square = (promised * promised).sum()
+    factor = (actual * promised).sum() / torch.where(square > 0, square, 1.0)
+    if debug() and not torch.allclose(actual, factor * promised, equal_nan=True):
+        raise RuntimeError(
+            "logsumexp_statistics: expected upstream gradients proportional to the promised ones, got others"
+        )
+    return factor
 
 
 def _refuse_double_backward(ctx, *grads):

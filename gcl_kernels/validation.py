@@ -32,9 +32,9 @@ def check_tensor(name: str, x: object, ndim: tuple[int, ...], dtypes: tuple[torc
         raise ValueError(f"{name}: expected a {expected} tensor, got shape {tuple(x.shape)}")
 
 
-def check_device(name: str, x: Tensor, device: torch.device) -> None:
+def check_device(name: str, x: Tensor, device: torch.device, owner: str = "lhs") -> None:
     if x.device != device:
-        raise ValueError(f"{name}: expected the device of lhs, {device}, got {x.device}")
+        raise ValueError(f"{name}: expected the device of {owner}, {device}, got {x.device}")
 
 
 def check_pair(lhs: Tensor, rhs: Tensor) -> None:

@@ -11,6 +11,12 @@ need_rhs, need_scale) -> (dlhs, drhs, dscale)``
     row, col and positive as the forward returned them; g_row (N,), g_col (M,), g_positive (N, P) or None where zero.
     dlhs, drhs in the input dtype, dscale 0-d in logit_scale's dtype; a gradient not needed is an empty tensor.
 
+A third function is optional; without it one direction costs 8 N M D instead of 6:
+
+``forward_with_gradient(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, g_lse, g_positive, need_lhs, need_rhs,
+need_scale) -> (row, col, positive, dlhs, drhs, dscale)``
+    one direction (rows where want_row, else columns) whose upstream gradients g_lse and g_positive are known beforehand.
+
 Statistics travel in float64 although tiles are float32: at logit_scale 100 a float32 ``row`` near 100 is known to 4e-6
 only, which is the whole loss of a well-trained row. O(N + M) numbers cost nothing.
 """
@@ -19,11 +25,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 NAMES = ("torch", "triton")
+WITH_GRADIENT = ("torch",)  # backends that have forward_with_gradient
+
+
+def _has_triton() -> bool:
+    try:
+        found = importlib.util.find_spec("triton") is not None  # finds it without importing it
+    except (ImportError, ValueError):
+        return False
+    return found and Path(__file__).with_name("triton").is_dir()
+
+
+HAS_TRITON = _has_triton()
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -33,18 +52,13 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 def choose(name: str | None, device: torch.device) -> str:
     """The backend's name: the one asked for, else Triton on CUDA/HIP devices where it can be imported, else torch."""
     if name is None:
-        return "triton" if device.type == "cuda" and _has_triton() else "torch"
+        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
     if name not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
-    if name == "triton" and not _has_triton():
-        raise ValueError("backend: 'triton' was asked for but its kernels cannot be imported here")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("backend: expected an installed one, got 'triton', which cannot be imported here")
     return name
 
 
 def load(name: str) -> ModuleType:
     return importlib.import_module({"torch": ".torch_chunked", "triton": ".triton"}[name], __name__)
-
-
-def _has_triton() -> bool:
-    kernels = importlib.util.find_spec(".triton", __name__)
-    return kernels is not None and importlib.util.find_spec("triton") is not None

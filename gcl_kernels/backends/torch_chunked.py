@@ -56,21 +56,28 @@ def forward(
         x = p.scaled_lhs(rows)
         for cols in p.blocks():
             s2 = p.logits(x, rows, cols)
-            p.read_positives(s2, rows, cols, positive)
+            has_positives = p.read_positives(s2, rows, cols, positive)
             if want_row and want_col:
-                row_part, col_part = one_exponential_logsumexp2(s2) if p.on_cpu else (None, None)
+                # One exponential leaves 1e-7 of rounding in a column's logsumexp. Where a trained pair IS the sum that would
+                # drown its loss: the few tiles that hold positives take each line's own maximum.
+                one = p.on_cpu and not has_positives
+                row_part, col_part = one_exponential_logsumexp2(s2) if one else (None, None)
                 if row_part is None:
-                    s2 = p.logits(x, rows, cols) if p.on_cpu else s2  # the attempt overwrote it
-                    row_part, col_part = logsumexp2_(s2.clone(), 1), logsumexp2_(s2, 0)
+                    s2 = p.logits(x, rows, cols) if one else s2  # the attempt overwrote it
+                    row_part = logsumexp2_(p, p.buffer(1, rows, cols).copy_(s2), rows, cols, 1)
+                    col_part = logsumexp2_(p, s2, rows, cols, 0)
             else:
-                row_part = logsumexp2_(s2, 1) if want_row else None
-                col_part = logsumexp2_(s2, 0) if want_col else None
+                row_part = logsumexp2_(p, s2, rows, cols, 1) if want_row else None
+                col_part = logsumexp2_(p, s2, rows, cols, 0) if want_col else None
             if row_part is not None:
                 row[rows] = torch.logaddexp2(row[rows], row_part)
             if col_part is not None:
                 col[cols] = torch.logaddexp2(col[cols], col_part)
-    nothing = row.new_empty(0)
-    return row.mul_(LN2) if want_row else nothing, col.mul_(LN2) if want_col else nothing, positive.to(row).mul_(LN2)
+    return (
+        row.mul_(LN2) if want_row else row.new_empty(0),
+        col.mul_(LN2) if want_col else col.new_empty(0),
+        positive.to(row.dtype, copy=True).mul_(LN2),
+    )
 
 
 def backward(
@@ -91,7 +98,7 @@ def backward(
     need_scale: bool,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Form G tile by tile and multiply it by rhs and lhs: dlhs = scale G rhs, drhs = scale G^T lhs, dscale = <G, lhs rhs^T>."""
+    """See ``backends``: G is formed tile by tile and multiplied by rhs and by lhs."""
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
     g = [None if v is None else v.to(p.statistics) for v in (g_row, g_col, g_positive)]
     # A half-precision G would lose the 1/N that the mean leaves in it: G is formed for gradients of size 1.
@@ -100,38 +107,108 @@ def backward(
         g = [None if v is None else v / norm for v in g]
     softmaxes = Softmaxes.of(p, row, col, *g[:2])
     entry = positive_entries(labels, row, col, positive, *g).to(p.compute)
-
-    # <G, lhs rhs^T> = <G rhs, lhs> = <G^T lhs, rhs>: the scale's gradient costs O((N + M) D) once either product is there.
-    with_lhs = need_lhs or (need_scale and not need_rhs)
-    dlhs = torch.zeros_like(lhs, dtype=p.compute, memory_format=torch.contiguous_format) if with_lhs else None
-    drhs = torch.zeros_like(rhs, dtype=p.compute, memory_format=torch.contiguous_format) if need_rhs else None
+    gradients = Gradients.of(p, need_lhs, need_rhs, need_scale)
     for rows in p.chunks():
-        x, x_scaled = p.lhs[rows].to(p.operand), p.scaled_lhs(rows)
+        x = p.scaled_lhs(rows)
         for cols in p.blocks():
-            gradient = softmaxes.gradient_tile(p, x_scaled, rows, cols)
+            gradient = softmaxes.gradient_tile(p, x, rows, cols)
             p.write_positives(gradient, rows, cols, entry)
-            gradient = gradient.to(p.operand)
-            if dlhs is not None:
-                add_product(dlhs[rows], gradient, p.rhs[cols])
-            if drhs is not None:
-                add_product(drhs[cols], gradient.t(), x)
+            gradients.add(gradient, rows, cols)
+    return gradients.finish(logit_scale, norm)
 
-    dscale = logit_scale.new_zeros((), dtype=p.statistics)
-    if need_scale:
-        for product, side in ((dlhs, lhs), (drhs, rhs)):
-            if product is not None:
-                for rows in slices(len(side), p.tile[0]):
-                    dscale += (product[rows] * side[rows]).sum(dim=1).sum(dtype=p.statistics)
-                break
-    outer = logit_scale
+
+def forward_with_gradient(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    want_row: bool,
+    g_lse: Tensor,
+    g_positive: Tensor,
+    need_lhs: bool,
+    need_rhs: bool,
+    need_scale: bool,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One direction whose upstream gradients are known beforehand: 6 N M D instead of 8, one exponential a logit.
+
+    A tile holds whole lines (rows where ``want_row``, else columns), so their logsumexp is known before the tile is left and
+    its logits need not be made again.
+    """
+    n, m = lhs.shape[0], rhs.shape[0]
+    if tile is None:
+        lines = lines_at_once(m if want_row else n, lhs.device, lhs.dtype)
+        tile = (lines, m) if want_row else (n, lines)
+    p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
+    dim, kind = (1 if want_row else 0), p.statistics
+    g_lse, g_positive = g_lse.to(kind), g_positive.to(kind)
+    norm = largest([g_lse, g_positive]) if p.operand in (torch.float16, torch.bfloat16) else None
     if norm is not None:
-        outer, dscale = logit_scale * norm.to(logit_scale), dscale * norm
-    nothing = lhs.new_empty(0)
-    return (
-        dlhs.mul_(outer).to(lhs.dtype) if need_lhs and dlhs is not None else nothing,
-        drhs.mul_(outer).to(rhs.dtype) if drhs is not None else nothing,
-        dscale.to(logit_scale) if need_scale else nothing,
-    )
+        g_lse, g_positive = g_lse / norm, g_positive / norm
+    lse2 = lhs.new_full((n if want_row else m,), -math.inf, dtype=kind)
+    positive2 = lhs.new_zeros(g_positive.shape, dtype=p.compute)
+    gradients = Gradients.of(p, need_lhs, need_rhs, need_scale)
+    for rows in p.chunks():
+        x = p.scaled_lhs(rows)
+        for cols in p.blocks():
+            line = rows if want_row else cols
+            tile_ = p.logits(x, rows, cols)
+            p.read_positives(tile_, rows, cols, positive2)
+            top, total = exponentials_(p, tile_, rows, cols, dim)
+            lse2[line] = top + total.log2()
+            gain = g_lse[line] / total.masked_fill(total == 0, 1.0)
+            tile_.mul_(gain.to(p.compute).unsqueeze(dim))
+            lse, positive = lse2 * LN2, positive2.to(kind) * LN2
+            sides = (lse, None, positive, g_lse, None) if want_row else (None, lse, positive, None, g_lse)
+            p.write_positives(tile_, rows, cols, positive_entries(labels, *sides, g_positive).to(p.compute))
+            gradients.add(tile_, rows, cols)
+    lse, empty = lse2.mul_(LN2), lse2.new_empty(0)
+    sides = (lse, empty) if want_row else (empty, lse)
+    return *sides, positive2.to(kind, copy=True).mul_(LN2), *gradients.finish(logit_scale, norm)
+
+
+@dataclass
+class Gradients:
+    """What tiles of G add up to: dlhs = scale G rhs, drhs = scale G^T lhs, dscale = <G, lhs rhs^T>."""
+
+    p: Problem
+    dlhs: Tensor | None  # accumulators in the compute dtype, without the scale
+    drhs: Tensor | None
+    need_lhs: bool
+    need_scale: bool
+
+    @classmethod
+    def of(cls, p: Problem, need_lhs: bool, need_rhs: bool, need_scale: bool) -> Gradients:
+        # <G, lhs rhs^T> = <G rhs, lhs> = <G^T lhs, rhs>: dscale costs O((N + M) D) once either product is there.
+        lhs = p.lhs.new_zeros(p.lhs.shape, dtype=p.compute) if need_lhs or (need_scale and not need_rhs) else None
+        rhs = p.rhs.new_zeros(p.rhs.shape, dtype=p.compute) if need_rhs else None
+        return cls(p, lhs, rhs, need_lhs, need_scale)
+
+    def add(self, gradient: Tensor, rows: slice, cols: slice) -> None:
+        gradient = gradient.to(self.p.operand)
+        if self.dlhs is not None:
+            add_product(self.dlhs[rows], gradient, self.p.rhs[cols])
+        if self.drhs is not None:
+            add_product(self.drhs[cols], gradient.t(), self.p.lhs[rows].to(self.p.operand))
+
+    def finish(self, logit_scale: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        p, kind = self.p, self.p.statistics
+        dscale = logit_scale.new_zeros((), dtype=kind)
+        if self.need_scale:
+            product, side = (self.dlhs, p.lhs) if self.dlhs is not None else (self.drhs, p.rhs)
+            assert product is not None
+            for rows in slices(len(side), p.tile[0]):
+                dscale += (product[rows] * side[rows]).sum(dim=1).sum(dtype=kind)
+        if norm is not None:
+            logit_scale, dscale = logit_scale * norm.to(logit_scale), dscale * norm
+        dtype = p.lhs.dtype
+        return (
+            self.dlhs.mul_(logit_scale).to(dtype) if self.need_lhs and self.dlhs is not None else p.lhs.new_empty(0),
+            self.drhs.mul_(logit_scale).to(dtype) if self.drhs is not None else p.lhs.new_empty(0),
+            dscale.to(logit_scale) if self.need_scale else logit_scale.new_empty(0),
+        )
 
 
 @dataclass
@@ -140,7 +217,9 @@ class Problem:
 
     lhs: Tensor  # (N, D) as given
     rhs: Tensor  # (M, D) in the operand dtype
-    scale2: Tensor  # logit_scale * log2(e)
+    scale2: tuple[
+        Tensor, Tensor
+    ]  # logit_scale * log2(e) as high + low part: rounded to one float32 it would bias every logit
     labels: Tensor | None  # (N, P), -1 for none; None: row i's positive is column i
     lhs_ids: Tensor | None  # (N, K); negative ids replaced so that they equal nothing
     rhs_ids: Tensor | None  # (M, K)
@@ -164,7 +243,8 @@ class Problem:
         tile = default_tile(n, m, lhs.device, compute) if tile is None else tile
         tile = min(tile[0], n), min(tile[1], m)
         buffers = tuple(lhs.new_empty(tile[0] * tile[1], dtype=compute) for _ in range(2))
-        scale2 = logit_scale.to(compute) * LOG2E
+        exact = logit_scale.to(statistics_dtype(lhs.device)) * LOG2E
+        scale2 = exact.to(compute), (exact - exact.to(compute)).to(compute)
         return cls(lhs, rhs.to(operand), scale2, labels, lhs_ids, rhs_ids, compute, operand, tile, buffers)
 
     @property
@@ -196,7 +276,7 @@ class Problem:
     def scaled_lhs(self, rows: slice) -> Tensor:
         """lhs * scale * log2(e), or lhs itself where the product would have to be rounded to half precision."""
         x = self.lhs[rows].to(self.operand)
-        return x * self.scale2 if self.operand == self.compute else x
+        return torch.addcmul(x * self.scale2[0], x, self.scale2[1]) if self.operand == self.compute else x
 
     def logits(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
         """(R, C) base-2 logits of a chunk's scaled lhs, hidden pairs -inf; in the first buffer."""
@@ -205,7 +285,7 @@ class Problem:
         if self.operand == self.compute:
             torch.mm(x, y, out=s2)
         else:
-            s2.copy_(torch.mm(x, y, out_dtype=self.compute)).mul_(self.scale2)
+            s2.copy_(torch.mm(x, y, out_dtype=self.compute)).mul_(self.scale2[0])
         if self.lhs_ids is not None and self.rhs_ids is not None:
             hidden = (self.lhs_ids[rows, None, 0] == self.rhs_ids[None, cols, 0]).contiguous()
             for k in range(1, self.lhs_ids.shape[1]):
@@ -214,23 +294,24 @@ class Problem:
             s2.masked_fill_(hidden, -math.inf)
         return s2
 
-    def read_positives(self, s2: Tensor, rows: slice, cols: slice, positive: Tensor) -> None:
-        """positive[i, p] = s2[i, t_ip] for the labels inside this tile."""
+    def read_positives(self, s2: Tensor, rows: slice, cols: slice, positive: Tensor) -> bool:
+        """positive[i, p] = s2[i, t_ip] for the labels inside this tile; False where the host knows that there are none."""
         if self.labels is None:
             span, diagonal = self.diagonal_of(s2, rows, cols)
             if diagonal is not None:
                 positive[span, 0] = diagonal
-            return
+            return diagonal is not None
         inside, index = self.labels_in(rows, cols)
         if inside is not None:
             positive[rows] = torch.where(inside, s2.gather(1, index), positive[rows])
+        return inside is not None
 
     def write_positives(self, target: Tensor, rows: slice, cols: slice, entry: Tensor | None) -> None:
-        """target[i, t_ip] = entry[i, p] (False for None) for the labels inside this tile, without a host sync."""
+        """target[i, t_ip] = entry[i, p] (0 for None) for the labels inside this tile, without a host sync."""
         if self.labels is None:
             span, diagonal = self.diagonal_of(target, rows, cols)
             if diagonal is not None:
-                diagonal.copy_(entry[span, 0]) if entry is not None else diagonal.fill_(False)
+                diagonal.copy_(entry[span, 0]) if entry is not None else diagonal.zero_()
             return
         inside, index = self.labels_in(rows, cols)
         if inside is None:
@@ -243,6 +324,28 @@ class Problem:
         values = torch.where(inside, values, values.gather(1, first))
         values = torch.where(inside.any(dim=1, keepdim=True), values, target.gather(1, index))
         target.scatter_(1, index, values)
+
+    def lift_positives(self, e: Tensor, rows: slice, cols: slice, dim: int) -> Tensor | float:
+        """Sum of the tile's positives along ``dim`` in the statistics' dtype; they become 0 in the tile."""
+        if self.labels is None:
+            span, diagonal = self.diagonal_of(e, rows, cols)
+            if diagonal is None:
+                return 0.0
+            total = e.new_zeros(e.shape[1 - dim], dtype=self.statistics)
+            start = span.start - (rows if dim == 1 else cols).start
+            total[start : start + len(diagonal)] = diagonal
+            diagonal.zero_()
+            return total
+        inside, index = self.labels_in(rows, cols)
+        if inside is None:
+            return 0.0
+        for q in range(1, index.shape[1]):  # a column labelled twice in a row counts once
+            inside[:, q] &= ~(self.labels[rows, :q] == self.labels[rows, q : q + 1]).any(dim=1)
+        values = torch.where(inside, e.gather(1, index), 0.0).to(self.statistics)
+        self.write_positives(e, rows, cols, None)
+        if dim == 1:
+            return values.sum(dim=1)
+        return values.new_zeros(e.shape[1]).index_put((index,), values, accumulate=True)
 
     def diagonal_of(self, tile: Tensor, rows: slice, cols: slice) -> tuple[slice, Tensor | None]:
         """The rows i whose column i lies in this tile, and a view of those entries; None where there is none."""
@@ -300,8 +403,10 @@ class Softmaxes:
             high, low = float(r.reference.max()), float(c.reference.min())
             if high - low <= SAFE_SPREAD:  # False for NaN
                 middle = (high + low) / 2
-                left = torch.stack([r.gain, torch.exp2(r.reference - middle)], dim=1)
-                right = torch.stack([torch.ones_like(c.gain), (c.g * torch.exp2(middle - c.lse2)).to(p.compute)])
+                u = torch.exp2(r.reference.to(p.statistics) - middle)  # in float64: float32 would round the exponents
+                v = c.g * torch.exp2(middle - c.lse2)
+                left = torch.stack([r.gain, u.to(p.compute)], dim=1)
+                right = torch.stack([torch.ones_like(c.gain), v.to(p.compute)])
         return cls(r, c, left, right)
 
     def gradient_tile(self, p: Problem, x: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -322,8 +427,8 @@ class Softmaxes:
 
 def positive_entries(
     labels: Tensor | None,
-    row: Tensor,
-    col: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
     positive: Tensor,
     g_row: Tensor | None,
     g_col: Tensor | None,
@@ -331,9 +436,9 @@ def positive_entries(
 ) -> Tensor:
     """(N, P) entries of G at the labels, in the statistics' dtype: p - 1 is taken here, before anything is rounded."""
     entry = torch.zeros_like(positive)
-    if g_row is not None:
+    if g_row is not None and row is not None:
         entry += g_row[:, None] * torch.exp(positive - row[:, None])
-    if g_col is not None:
+    if g_col is not None and col is not None:
         column = slice(len(positive)) if labels is None else labels.clamp(min=0).flatten()
         entry += (g_col[column] * torch.exp(positive.flatten() - col[column])).view_as(entry)
     if g_positive is None:
@@ -358,12 +463,23 @@ def one_exponential_logsumexp2(s2: Tensor) -> tuple[Tensor | None, Tensor | None
     return top + row_sum.to(kind).log2(), highest + col_sum.to(kind).log2()
 
 
-def logsumexp2_(s2: Tensor, dim: int) -> Tensor:
+def logsumexp2_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int) -> Tensor:
     """Base-2 logsumexp along one dimension; overwrites the tile. -inf where all are; infinities and NaN pass through."""
+    top, total = exponentials_(p, s2, rows, cols, dim)
+    return top + total.log2()
+
+
+def exponentials_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int) -> tuple[Tensor, Tensor]:
+    """Turns logits into exp2(s2 - top) in place; (top, total) along ``dim``, top 0 where every logit is -inf.
+
+    Positives are added to the total in the statistics' dtype (and left 0 in the tile): beside a well-trained row's
+    positive, 1, float32 would round its negatives away, and they are its loss.
+    """
     top = s2.amax(dim=dim, keepdim=True)
     top = top.masked_fill(top == -math.inf, 0.0)
-    total = s2.sub_(top).exp2_().sum(dim=dim)
-    return top.squeeze(dim) + total.to(statistics_dtype(s2.device)).log2()
+    e = s2.sub_(top).exp2_()
+    positives = p.lift_positives(e, rows, cols, dim)
+    return top.squeeze(dim), e.sum(dim=dim).to(p.statistics) + positives
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -385,8 +501,13 @@ def slices(length: int, step: int) -> Iterator[slice]:
 
 
 def default_tile(n: int, m: int, device: torch.device, compute: torch.dtype) -> tuple[int, int]:
+    return (CPU_TILE, CPU_TILE) if device.type == "cpu" else (lines_at_once(m, device, compute), m)
+
+
+def lines_at_once(length: int, device: torch.device, compute: torch.dtype) -> int:
+    """How many whole rows (columns) of ``length`` logits a tile may hold."""
     if device.type == "cpu":
-        return CPU_TILE, CPU_TILE
-    budget = int(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
-    rows = budget // (4 * m * compute.itemsize)  # a tile, its factors and the temporaries of one exponential
-    return max(16, rows // 16 * 16), m
+        return max(16, min(CPU_TILE, 8 * CPU_TILE**2 // length))  # at most 32 MiB of float32
+    mib = int(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB))
+    # a tile, its factors and the temporaries of one exponential
+    return max(16, mib * 2**20 // (4 * length * compute.itemsize) // 16 * 16)

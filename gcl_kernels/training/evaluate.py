@@ -1,0 +1,169 @@
+"""Evaluation after the GCL protocol: embed queries and documents, search exactly, grade the ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gcl_kernels
+from gcl_kernels.training.data import Pairs
+from gcl_kernels.training.encode import FieldEncoder
+from gcl_kernels.training.metrics import all_metrics
+
+
+@dataclass
+class Evaluation:
+    """The ranking of every query and how good it is.
+
+    ``ranking`` (Q, K) holds positions in ``document_ids``, best first; ``gains`` (Q, K) the grades of those documents,
+    0 where not judged; ``per_query`` the metrics, (Q,) each; ``means`` their means.
+    """
+
+    query_ids: list[str]
+    document_ids: list[str]
+    ranking: Tensor
+    gains: Tensor
+    judged: Tensor
+    per_query: dict[str, Tensor]
+    means: dict[str, float]
+
+
+def minmax_grades(scores: Sequence[float]) -> list[int]:
+    """The grades 1 to 100 of the GCL protocol: ``int((s - min) / (max - min) * 99 + 1)``, or all 1 for one single score.
+
+    The lowest score given gets 1, not 0: 0 is for documents that nobody judged.
+    """
+    low, high = min(scores), max(scores)
+    if low == high:
+        return [1] * len(scores)
+    return [int((score - low) / (high - low) * 99 + 1) for score in scores]
+
+
+@torch.no_grad()
+def embed(
+    encoder: FieldEncoder,
+    fields: Mapping[str, Sequence[str]],
+    kinds: Mapping[str, str],
+    weights: Mapping[str, float],
+    *,
+    batch_size: int = 512,
+) -> Tensor:
+    """Embed one side, batch by batch: encode each field, then :func:`gcl_kernels.aggregate_fields`.
+
+    Args:
+        fields: ``{field: N cells}``; a row needs at least one value.
+        kinds, weights: ``{field: "txt" or "img"}`` and ``{field: weight}``.
+
+    Returns:
+        (N, D) of unit length, float32.
+    """
+    rows = len(next(iter(fields.values())))
+    parts = []
+    for start in range(0, rows, batch_size):
+        batch = {key: cells[start : start + batch_size] for key, cells in fields.items()}
+        embeddings, mask = encoder(batch, kinds)
+        parts.append(gcl_kernels.aggregate_fields(embeddings, weights, mask=mask).float())
+    return torch.cat(parts)
+
+
+def search(
+    queries: Tensor, documents: Tensor, k: int, *, query_chunk: int = 256, document_chunk: int = 16_384
+) -> Tensor:
+    """Exact search by inner product: the positions of the k best documents of each query, best first, (Q, min(k, M)).
+
+    queries (Q, D) and documents (M, D) are finite; equal scores are ordered by position. At most ``query_chunk`` x
+    (k + ``document_chunk``) scores exist at a time, never Q x M.
+    """
+    if not (queries.isfinite().all() and documents.isfinite().all()):
+        raise ValueError("expected finite embeddings, got NaN or infinity: training has probably diverged")
+    found = []
+    for part in queries.split(query_chunk):
+        scores = part.new_empty(len(part), 0)
+        positions = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+        for start in range(0, len(documents), document_chunk):
+            chunk = documents[start : start + document_chunk]
+            here = torch.arange(start, start + len(chunk), device=part.device).expand(len(part), -1)
+            scores = torch.cat([scores, part @ chunk.T], dim=1)
+            positions = torch.cat([positions, here], dim=1)
+            # topk does not say how it orders equal scores; a stable sort keeps the earlier document first.
+            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            scores, positions = scores.gather(1, best), positions.gather(1, best)
+        found.append(positions)
+    return torch.cat(found)
+
+
+def evaluate(
+    encoder: FieldEncoder,
+    pairs: Pairs,
+    documents: Mapping[str, Mapping[str, str]] | None,
+    left: tuple[Mapping[str, str], Mapping[str, float]],
+    right: tuple[Mapping[str, str], Mapping[str, float]],
+    *,
+    top_k: int = 1000,
+    batch_size: int = 512,
+) -> Evaluation:
+    """Rank a corpus for the queries of ``pairs`` and grade the rankings.
+
+    Args:
+        pairs: the judged pairs; their scores become grades by :func:`minmax_grades`, over the whole file. Of a pair
+            that occurs twice the last score counts.
+        documents: the corpus ``{id: {field: value}}``; None is the documents of ``pairs``.
+        left, right: (kinds, weights) of the fields of each side.
+    """
+    model = encoder.model
+    was_training = model.training
+    model.eval()
+    query_rows = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
+    query_ids = sorted(query_rows, key=query_rows.__getitem__)
+    corpus = corpus_of(pairs) if documents is None else documents
+    # A document without any value cannot be embedded, and so cannot be found.
+    document_ids = [identity for identity, values in corpus.items() if any(values[key] for key in right[0])]
+    queries = {key: [cells[query_rows[identity]] for identity in query_ids] for key, cells in pairs.left.items()}
+    texts = {key: [corpus[identity][key] for identity in document_ids] for key in right[0]}
+    ranking = search(
+        embed(encoder, queries, *left, batch_size=batch_size),
+        embed(encoder, texts, *right, batch_size=batch_size),
+        top_k,
+    ).cpu()
+    model.train(was_training)
+    return grade(pairs, query_ids, document_ids, ranking)
+
+
+def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:
+    """The documents of the pairs themselves, ``{id: {field: value}}``, in the order of their first row."""
+    corpus: dict[str, dict[str, str]] = {}
+    for row, identity in enumerate(pairs.document_ids):
+        if identity not in corpus:
+            corpus[identity] = {key: cells[row] for key, cells in pairs.right.items()}
+    return corpus
+
+
+def grade(pairs: Pairs, query_ids: list[str], document_ids: list[str], ranking: Tensor) -> Evaluation:
+    """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in :class:`Evaluation`."""
+    grades: dict[str, dict[str, int]] = {identity: {} for identity in query_ids}
+    for query, document, gain in zip(pairs.query_ids, pairs.document_ids, minmax_grades(pairs.scores), strict=True):
+        grades[query][document] = gain
+    gains = torch.tensor(
+        [
+            [grades[query].get(document_ids[position], 0) for position in positions]
+            for query, positions in zip(query_ids, ranking.tolist(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    judged = torch.zeros(len(query_ids), max(len(of_query) for of_query in grades.values()), dtype=torch.float64)
+    for row, query in enumerate(query_ids):
+        judged[row, : len(grades[query])] = torch.tensor(list(grades[query].values()), dtype=torch.float64)
+    per_query = all_metrics(gains, judged)
+    means = {name: float(values.mean()) for name, values in per_query.items()}
+    return Evaluation(query_ids, document_ids, ranking, gains, judged, per_query, means)
+
+
+def random_ranking(pairs: Pairs, document_ids: list[str], *, top_k: int = 1000, seed: int = 0) -> Evaluation:
+    """Every query's documents in a random order: the level below which nothing has been learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    query_ids = list(dict.fromkeys(pairs.query_ids))
+    order = [torch.randperm(len(document_ids), generator=generator)[:top_k] for _ in query_ids]
+    return grade(pairs, query_ids, document_ids, torch.stack(order))

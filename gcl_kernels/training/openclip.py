@@ -1,0 +1,93 @@
+"""The one place that imports open_clip and makes its models.
+
+PyPI's torchvision carries C++ operators linked against CUDA, so beside a CPU-only torch they are never loaded, and the
+import stops at the first Python wrapper of an operator that nobody declared. Declaring the schemas is enough: open_clip
+calls none of these operators.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from gcl_kernels.training.data import InputError
+
+TINY_MODEL = "ViT-Tiny-8-32px"
+"""The small model of the demo: 32-px images, patch 8, vision 4 x 128, text 2 x 128, context 16; 7.6 M parameters."""
+
+_UNDECLARED_OPERATOR = "operator torchvision::nms does not exist"
+_OPERATOR_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+# The declarations last as long as this object lives.
+_declared: list[torch.library.Library] = []
+
+
+def _import_torchvision() -> None:
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if _UNDECLARED_OPERATOR not in str(error):
+            raise
+        # Only now: declaring the operators beside a torchvision that loads its own aborts the process.
+        library = torch.library.Library("torchvision", "DEF")
+        for schema in _OPERATOR_SCHEMAS:
+            library.define(schema)
+        _declared.append(library)
+        # The import that failed left half-made modules behind, and they would be found instead of the real ones.
+        for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
+            del sys.modules[name]
+        import torchvision  # noqa: F401
+
+
+@functools.cache
+def import_open_clip() -> ModuleType:
+    """Import open_clip, on CPU-only torch too, and register the model configuration of this package."""
+    _import_torchvision()
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).with_name(f"{TINY_MODEL}.json"))
+    return open_clip
+
+
+def create_model(
+    name: str = TINY_MODEL,
+    *,
+    pretrained: str | None = None,
+    context_length: int | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, Callable[[list[str]], torch.Tensor], Callable[[Any], torch.Tensor]]:
+    """Make any open_clip model by name, with the tokenizer and the image preprocessing that belong to it.
+
+    Args:
+        name: a name from ``open_clip.list_models()`` (``TINY_MODEL`` is among them), or open_clip's ``local-dir:PATH``.
+        pretrained: open_clip's tag or a checkpoint file; None gives random weights from torch's global seed.
+        context_length: number of text tokens, when it should differ from the model's own.
+        device: where the model lives.
+
+    Returns:
+        The model in float32; a tokenizer, list of N texts -> int64 (N, context_length); the preprocessing without
+        augmentation, a PIL image -> float32 (3, height, width).
+
+    Raises:
+        InputError: a name that open_clip does not know.
+        RuntimeError: open_clip's own, when the weights are unknown.
+    """
+    open_clip = import_open_clip()
+    if ":" not in name and name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models())
+        raise InputError(
+            f"expected a model name of open_clip, got '{name}'" + (f"; close to it: {close}" if close else "")
+        )
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        name, pretrained=pretrained, force_context_length=context_length, device=device
+    )
+    return model, open_clip.get_tokenizer(name, context_length=context_length), preprocess

@@ -1,0 +1,259 @@
+"""The command line, from a file to a checkpoint and a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from gcl_kernels.training.__main__ import main
+from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
+from gcl_kernels.training.train import learning_rate, parse_args, parse_kinds, parse_list, parse_weights, train
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
+KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
+REQUIRED = ["--train-data=pairs.csv", *KEYS]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """Six colours: a query each, a document with picture and title, and one with either; nearer colours score more."""
+    lines = ["query,title,image,score"]
+    for number, colour in enumerate(COLOURS):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+        other = COLOURS[(number + 1) % len(COLOURS)]
+        lines += [
+            f"{colour} thing,a {colour} square,{colour}.png,100",
+            f"{colour} thing,,{other}.png,20",
+            f"{colour} thing,some {colour},,50",
+        ]
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(path, *options, keys=KEYS, name="run"):
+    argv = [
+        f"--train-data={path}",
+        *keys,
+        f"--logs={path.parent / 'logs'}",
+        f"--name={name}",
+        "--batch-size=16",
+        *options,
+    ]
+    return train(parse_args(argv))
+
+
+def test_from_a_file_to_a_checkpoint_and_a_table(pairs_file, capsys):
+    logs = pairs_file.parent / "logs"
+    argv = [f"--train-data={pairs_file}", f"--val-data={pairs_file}", *KEYS, "--right-weights=[0.1, 0.9]", "--batch-size=6",
+            "--epochs=2", f"--logs={logs}", "--name=first"]  # fmt: skip
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "18 pairs, 6 queries, 18 documents" in out
+    assert [word for word in out.split() if word in ("NDCG@10", "ERR", "RBP.9")] == ["NDCG@10", "ERR", "RBP.9"]
+    assert "random ranking" in out
+
+    checkpoint = logs / "first" / "checkpoints" / "epoch_2.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    assert set(content) == {"epoch", "name", "state_dict", "optimizer"}
+    assert (content["epoch"], content["name"]) == (2, "first")
+    model = import_open_clip().create_model(TINY_MODEL, pretrained=str(checkpoint))
+    for name, weight in model.state_dict().items():
+        assert weight.equal(content["state_dict"][name]), name
+
+    results = json.loads((logs / "first" / "results.json").read_text())
+    assert len(results["loss"]) == 2 * 3
+    assert all(math.isfinite(loss) for loss in results["loss"])
+    assert results["metrics"][str(pairs_file)].keys() == results["random"][str(pairs_file)].keys() >= {"NDCG@10"}
+    assert results["options"]["right_weights"] == [0.1, 0.9]
+
+
+def test_training_learns_to_rank(pairs_file):
+    result = run(pairs_file, f"--val-data={pairs_file}", "--steps=20", "--lr=2e-3", "--wd=0")
+    assert result.losses[-1] < 0.5 * result.losses[0]
+    found, by_chance = (of[str(pairs_file)].means["AP"] for of in (result.evaluations, result.random))
+    assert found > 0.8 > by_chance + 0.2
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(pairs_file):
+    losses = [run(pairs_file, "--steps=3", f"--seed={seed}").losses for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_scores_decide_the_loss_unless_the_weights_are_constant(pairs_file):
+    constant, gcl = (
+        run(pairs_file, "--steps=1", f"--score-to-weight={name}").losses for name in ("constant", "inverse_sqrt")
+    )
+    assert constant != gcl
+    flat = pairs_file.with_name("flat.csv")
+    header, *lines = pairs_file.read_text().splitlines()
+    flat.write_text("\n".join([header, *(line.rsplit(",", 1)[0] + ",7" for line in lines)]))
+    assert run(flat, "--steps=1", "--score-to-weight=inverse_sqrt").losses == pytest.approx(constant)
+
+
+def test_the_same_query_and_the_same_document_are_no_negatives(tmp_path):
+    path = tmp_path / "pairs.csv"
+    keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score"]
+    path.write_text("query,title,score,q,d\na,A,1,1,1\na,B,2,1,2\na,C,3,1,3")
+    assert run(path, "--steps=1", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
+    path.write_text("query,title,score,q,d\na,A,1,1,1\nb,A,2,1,1\nc,A,3,1,1")
+    assert run(path, "--steps=1", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
+    path.write_text("query,title,score,q,d\na,A,1,1,1\nb,B,2,1,2\nc,C,3,1,3")
+    assert run(path, "--steps=1", keys=keys).losses[0] > 0.01
+    assert run(path, "--steps=1", "--query-id-key=q", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
+    path.write_text("query,title,score,q,d\na,A,1,1,1\nb,B,2,2,1\nc,C,3,3,1")
+    assert run(path, "--steps=1", "--doc-id-key=d", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_with_one_field_a_side_the_cross_field_loss_is_the_loss_once_more(pairs_file):
+    keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score", "--skip-bad-rows"]
+    without, with_it = (
+        run(pairs_file, "--steps=1", *more, keys=keys).losses[0] for more in ([], ["--cross-field-loss"])
+    )
+    assert with_it == pytest.approx(2 * without, rel=1e-5)
+
+
+def test_the_cross_field_loss_passes_over_missing_values(pairs_file):
+    without, with_it = (run(pairs_file, "--steps=2", *more).losses for more in ([], ["--cross-field-loss"]))
+    assert all(math.isfinite(loss) for loss in with_it)
+    assert with_it[0] > without[0]
+
+
+def test_a_missing_value_has_no_effect(pairs_file):
+    """A row without a title has the loss of a row whose document has no title field at all."""
+    lines = [line for line in pairs_file.read_text().splitlines() if ",20" in line or "image" in line]
+    pairs_file.write_text("\n".join(lines))
+    both = run(pairs_file, "--steps=1").losses[0]
+    image = run(pairs_file, "--steps=1", keys=["--left-keys=query", "--right-keys=image", "--weight-key=score"]).losses[
+        0
+    ]
+    assert both == pytest.approx(image, rel=1e-5)
+
+
+def test_rows_below_the_least_score_are_not_trained_on(pairs_file):
+    all_rows, few = (run(pairs_file, "--epochs=1", "--batch-size=2", *more).losses for more in ([], ["--min-score=60"]))
+    assert (len(all_rows), len(few)) == (9, 3)
+
+
+def test_every_row_is_seen_once_an_epoch(pairs_file, monkeypatch):
+    import gcl_kernels
+
+    seen = []
+
+    class Spy(gcl_kernels.GCLLoss):
+        def forward(self, lhs, rhs, scores, logit_scale, **options):
+            seen.append(options["rhs_ids"][:, 1].tolist())
+            return super().forward(lhs, rhs, scores, logit_scale, **options)
+
+    monkeypatch.setattr(gcl_kernels, "GCLLoss", Spy)
+    run(pairs_file, "--epochs=2", "--batch-size=6")
+    epochs = [[row for batch in seen[start : start + 3] for row in batch] for start in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_skipped_rows_are_counted_and_named(pairs_file, capsys):
+    with pairs_file.open("a") as file:
+        file.write("\nred thing,x\nred thing,x,none.png,1\n")
+    run(pairs_file, "--steps=1", "--skip-bad-rows")
+    out = capsys.readouterr().out
+    assert "18 pairs" in out
+    assert f"{pairs_file}: 2 bad rows skipped:" in out
+    assert f"  {pairs_file}, line 20: expected 4 cells as in the header, got 2" in out
+    assert f"  {pairs_file}, line 21: expected a readable image in column 'image', got no file" in out
+
+
+def test_a_bad_file_is_one_line_and_status_2_without_a_traceback(pairs_file):
+    pairs_file.write_text("query,title,image,score\na,A,,1\nb,B,,NaN\n")
+    command = [sys.executable, "-m", "gcl_kernels.training", f"--train-data={pairs_file}", *KEYS]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"{pairs_file}, line 3: expected a finite number >= 0 in column 'score', got 'NaN'\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--score-scaling=none", "--s-max=60"], "{path}: expected scores in [1, 60] with --score-scaling none, got 20 to 100"),
+        (["--min-score=101"], "{path}: expected a score >= --min-score 101, got 100 at most"),
+        (["--model=ViT-X"], "expected a model name of open_clip, got 'ViT-X'"),
+        (["--val-data=none.csv"], "none.csv: expected a readable file, got 'No such file or directory'"),
+        (["--val-data={path}", "--doc-meta={meta}"],
+         "{path}: expected all documents in the corpus of --doc-meta, got 18 that are not, first 'a red square_{{!@#~}}_"),
+        (["--score-to-weight=cubic"], "--score-to-weight: "),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_used_are_one_line_and_status_2(pairs_file, capsys, options, fault):
+    meta = pairs_file.with_name("meta.json")
+    meta.write_text("{}")
+    argv = [f"--train-data={pairs_file}", *KEYS, f"--logs={pairs_file.parent}"]
+    assert main([*argv, *(option.format(path=pairs_file, meta=meta) for option in options)]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(fault.format(path=pairs_file))
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--left-keys=[]"], "--left-keys: expected different column names, got []"),
+        (["--right-keys=title,title"], "--right-keys: expected different column names"),
+        (["--right-weights=1"], "--right-weights: expected 2 weights as in --right-keys, got 1"),
+        (["--right-weights=1,-1"], "expected numbers >= 0, not all 0, got 1,-1"),
+        (["--right-weights=0,0"], "expected numbers >= 0, not all 0, got 0,0"),
+        (["--img-or-txt=[['txt'],['txt']]"], "--img-or-txt: expected 2 right kinds as in --right-keys, got 1"),
+        (["--img-or-txt=[['txt'],['txt','sound']]"], "expected two lists of 'txt' and 'img'"),
+        (["--left-keys=['query'"], "expected a Python list or comma-separated values"),
+        (["--left-keys=[__import__('os')]"], "expected a Python list or comma-separated values"),
+        (["--val-data", "a.csv", "b.csv", "--doc-meta=c.json"], "--doc-meta: expected one file for each of the 2"),
+        (["--csv-separator=ab"], "--csv-separator: expected one character, got 'ab'"),
+        (["--batch-size=0"], "expected a number > 0, got 0"),
+        (["--lr=nan"], "expected a number > 0, got nan"),
+        (["--epochs=two"], "invalid int value: 'two'"),
+        (["--wd=-1"], "expected --warmup and --wd >= 0"),
+    ],
+)
+def test_a_bad_command_line_is_refused(capsys, options, fault):
+    with pytest.raises(SystemExit) as caught:
+        parse_args([*REQUIRED, *options])
+    assert caught.value.code == 2
+    assert fault in capsys.readouterr().err
+
+
+def test_lists_are_literals_or_comma_separated():
+    assert (
+        parse_list("['title', 'image']")
+        == parse_list("title, image")
+        == parse_list("('title','image')")
+        == ["title", "image"]
+    )
+    assert parse_weights("[0.1, .9]") == parse_weights("0.1,0.9") == [0.1, 0.9]
+    assert parse_kinds("[['txt'], ['txt', 'img']]") == parse_kinds("txt;txt,img") == [["txt"], ["txt", "img"]]
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_kinds("txt")
+
+
+def test_the_defaults_say_what_a_column_is():
+    args = parse_args(
+        ["--train-data=x", "--left-keys=query,query_img", "--right-keys=title,image_local", "--weight_key=score"]
+    )
+    assert args.img_or_txt == [["txt", "img"], ["txt", "img"]]
+    assert (args.left_weights, args.right_weights) == ([1.0, 1.0], [1.0, 1.0])
+    assert args.weight_key == "score"
+    assert parse_args([*REQUIRED, "--csv-separator=\\t"]).csv_separator == "\t"
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    rates = [learning_rate(step, 110, 10, 2.0) for step in range(110)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[-1] < 0.001
+    assert learning_rate(0, 1, 0, 2.0) == 2.0
