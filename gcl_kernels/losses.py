@@ -310,11 +310,12 @@ def _row_losses(
     w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
     w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
     promise = None
-    if reduced and a != 0.5 and z_loss == 0:
-        # sum_i w_i (lse_i - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
+    if reduced and z_loss == 0:
+        # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
         g = w.detach().to(statistics_dtype(x.device))
-        g_lse = g.sum(dim=1) if a == 1 else _sum_by_column(g, column, m)
-        promise = g_lse, -(1 - label_smoothing) * g
+        g_row = a * g.sum(dim=1) if a > 0 else None
+        g_col = (1 - a) * _sum_by_column(g, column, m) if a < 1 else None
+        promise = g_row, g_col, (label_smoothing - 1) * g
     row, col, positive = logsumexp_statistics(
         x, y, logit_scale, labels, lhs_ids, rhs_ids, want_row=a > 0, want_col=a < 1, promise=promise, backend=backend
     )

@@ -73,16 +73,17 @@ def logsumexp_statistics(
     *,
     want_row: bool = True,
     want_col: bool = True,
-    promise: tuple[Tensor, Tensor] | None = None,
+    promise: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, col, positive (N, P)) in the statistics' dtype (``backends``), so that row - positive keeps its digits.
 
     A direction that is not wanted is an empty tensor and costs nothing, here or in the backward.
 
-    ``promise``: for one direction, a caller that knows its upstream gradients up to one common factor gives them here: (of
-    row or col, of positive (N, P)). The gradients are then formed beside the logsumexp, from the same logits. The
-    promise must hold: the backward reads nothing but the factor (``GCL_KERNELS_DEBUG=1`` checks it).
+    ``promise``: a caller that knows its upstream gradients up to one common factor gives them here, of row, col (None where
+    not wanted) and positive (N, P). Where that saves work (``backends.gradient_in_one_pass``) the gradients are then formed
+    beside the logsumexp, from the same logits. The promise must hold: the backward reads nothing but the factor
+    (``GCL_KERNELS_DEBUG=1`` checks it).
     """
     check_pair(lhs, rhs)
     check_labels(labels, lhs, rhs)
@@ -95,10 +96,13 @@ def logsumexp_statistics(
     if lhs_ids is not None and rhs_ids is not None:
         lhs_ids, rhs_ids = lhs_ids.reshape(lhs.shape[0], -1), rhs_ids.reshape(rhs.shape[0], -1)
     need = [torch.is_grad_enabled() and x.requires_grad for x in (lhs, rhs, scale)]
-    g_lse = g_positive = None
-    if promise is not None and any(need) and name in backends.WITH_GRADIENT:
-        g_lse, g_positive = (g.detach() for g in promise)
-    return _forward(lhs, rhs, scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_lse, g_positive, *need, name)[:3]
+    g_row = g_col = g_positive = None
+    one_pass = backends.gradient_in_one_pass(name, lhs.shape[0], rhs.shape[0], both=want_row and want_col)
+    if promise is not None and any(need) and one_pass:
+        g_row, g_col, g_positive = (None if g is None else g.detach() for g in promise)
+    return _forward(
+        lhs, rhs, scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_row, g_col, g_positive, *need, name
+    )[:3]
 
 
 def autocast_like_matmul(lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +128,8 @@ def _forward(
     rhs_ids: Tensor | None,
     want_row: bool,
     want_col: bool,
-    g_lse: Tensor | None,
+    g_row: Tensor | None,
+    g_col: Tensor | None,
     g_positive: Tensor | None,
     need_lhs: bool,
     need_rhs: bool,
@@ -134,17 +139,17 @@ def _forward(
     """(row, col, positive), and the promised gradients (dlhs, drhs, dscale), empty without a promise."""
     module = backends.load(backend)
     inputs = lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids
-    if g_lse is not None and g_positive is not None:
-        return module.forward_with_gradient(*inputs, want_row, g_lse, g_positive, need_lhs, need_rhs, need_scale)
+    if g_positive is not None:
+        return module.forward_with_gradient(*inputs, g_row, g_col, g_positive, need_lhs, need_rhs, need_scale)
     row, col, positive = module.forward(*inputs, want_row, want_col)
     return row, col, positive, lhs.new_empty(0), lhs.new_empty(0), lhs.new_empty(0)
 
 
 @_forward.register_fake
-def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_lse, g_positive,
+def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_row, g_col, g_positive,
       need_lhs, need_rhs, need_scale, backend):  # fmt: skip
     kind = backends.statistics_dtype(lhs.device)
-    n, m, promised = lhs.shape[0], rhs.shape[0], g_lse is not None
+    n, m, promised = lhs.shape[0], rhs.shape[0], g_positive is not None
     return (
         lhs.new_empty(n if want_row else 0, dtype=kind),
         lhs.new_empty(m if want_col else 0, dtype=kind),
@@ -191,36 +196,40 @@ def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row
 
 
 def _setup_context(ctx, inputs, output):
-    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want_row, ctx.want_col, g_lse, _, *_, ctx.backend = inputs
-    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_lse, *output)
+    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want_row, ctx.want_col, g_row, g_col, _, *_, ctx.backend = (
+        inputs
+    )
+    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_row, g_col, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
     if any(g is not None and g.numel() for g in through_the_gradients):
         _refuse_double_backward(ctx)
-    *inputs, g_promised, row, col, positive, dlhs, drhs, dscale = ctx.saved_tensors
+    *inputs, promised_row, promised_col, row, col, positive, dlhs, drhs, dscale = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     g_row = g_row if ctx.want_row else None
     g_col = g_col if ctx.want_col else None
-    if g_promised is None:
+    if promised_row is None and promised_col is None:
         gradients = _backward(*inputs, row, col, positive, g_row, g_col, g_positive, *need, ctx.backend)
     else:
-        factor = _common_factor(g_row if ctx.want_row else g_col, g_promised)
+        factor = _common_factor((g_row, promised_row), (g_col, promised_col))
         gradients = [g * factor.to(g.dtype) for g in (dlhs, drhs, dscale)]
-    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 11)
+    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 12)
 
 
-def _common_factor(actual: Tensor | None, promised: Tensor) -> Tensor:
-    """k of actual = k * promised, without reading a number on the host."""
-    if actual is None:
-        return promised.new_zeros(())
-    square = (promised * promised).sum()
-    factor = (actual * promised).sum() / torch.where(square > 0, square, 1.0)
-    if debug() and not torch.allclose(actual, factor * promised, equal_nan=True):
-        raise RuntimeError(
-            "logsumexp_statistics: expected upstream gradients proportional to the promised ones, got others"
-        )
+def _common_factor(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """k of actual = k * promised, of the first pair that has both; no number is read on the host."""
+    factor = None
+    for actual, promised in pairs:
+        if actual is None or promised is None:
+            continue
+        if factor is None:
+            square = (promised * promised).sum()
+            factor = (actual * promised).sum() / torch.where(square > 0, square, 1.0)
+        if debug() and not torch.allclose(actual, factor * promised, equal_nan=True):
+            raise RuntimeError("logsumexp_statistics: expected gradients proportional to the promised ones, got others")
+    assert factor is not None
     return factor
 
 

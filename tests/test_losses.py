@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import reference
-from gcl_kernels import ClipLoss, GCLLoss, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels import ClipLoss, GCLLoss, backends, gcl_loss, pairwise_logsumexp, testing
 from gcl_kernels.backends import torch_chunked
 from gcl_kernels.training.openclip import import_open_clip
 from tests.test_lse import DENSE_FORMS, LargestTensor, Products, accuracy_floor, as_given
@@ -32,6 +32,7 @@ def test_float64_loss_and_gradients_equal_the_reference(problem, options, kind, 
     shape = batch.options["labels"].shape if "labels" in batch.options else (problem.n,)
     options = {**options, **batch.options, "weights": draw_weights(kind, shape, problem)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "ONE_TILE", 0 if tile < 1024 else 1024)
         patch.setattr(torch_chunked, "default_tile", lambda *_: (tile, tile))
         patch.setattr(torch_chunked, "lines_at_once", lambda *_: tile)
         patch.setenv("GCL_KERNELS_DEBUG", "1")  # checks what one direction promises
@@ -87,7 +88,7 @@ def test_losses_are_not_negative(problem, kind):
     assert float(loss.detach().min()) >= -1e-6 * largest_weight
 
 
-@pytest.mark.parametrize("directions", ["lhs_to_rhs", "rhs_to_lhs"])
+@pytest.mark.parametrize("directions", ["lhs_to_rhs", "rhs_to_lhs", "both"])
 @pytest.mark.parametrize(
     ("options", "units"),
     [
@@ -99,8 +100,12 @@ def test_losses_are_not_negative(problem, kind):
     ],
 )
 def test_one_direction_pays_for_one(directions, options, units, monkeypatch):
-    """6 N M D where the gradient is known beforehand, and one exponential; 8 otherwise. Both directions cost 8."""
+    """6 N M D where the gradient is known beforehand, 8 otherwise; both directions cost 8 in more than one tile."""
     n, m, d = 96, 160, 32
+    monkeypatch.setattr(backends, "ONE_TILE", 0)
+    monkeypatch.setattr(torch_chunked, "default_tile", lambda *_: (64, 64))
+    monkeypatch.setattr(torch_chunked, "lines_at_once", lambda *_: 32)
+    units = 8 if directions == "both" else units
     lhs, rhs = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
     total = 0
 
@@ -124,18 +129,18 @@ def test_one_direction_never_holds_n_by_m(monkeypatch):
     n, m, d = 300, 400, 8
     monkeypatch.setattr(torch_chunked, "lines_at_once", lambda *_: 16)
     lhs, rhs, labels = torch.randn(n, d), torch.randn(m, d), torch.arange(n)[:, None]
-    for want_row in (True, False):
-        g = torch.ones(n if want_row else m)
+    for g_row, g_col in ((torch.ones(n), None), (None, torch.ones(m))):
         with LargestTensor() as largest:
             torch_chunked.forward_with_gradient(
-                lhs, rhs, torch.tensor(1.0), labels, None, None, want_row, g, -torch.ones(n, 1), True, True, True
+                lhs, rhs, torch.tensor(1.0), labels, None, None, g_row, g_col, -torch.ones(n, 1), True, True, True
             )
-        assert largest.numel == 16 * (m if want_row else n)
+        assert largest.numel == 16 * (m if g_col is None else n)
 
 
-def test_a_second_backward_through_one_direction_is_refused():
+@pytest.mark.parametrize("directions", ["lhs_to_rhs", "both"])
+def test_a_second_backward_through_a_gradient_in_one_pass_is_refused(directions):
     lhs, rhs = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
-    loss = gcl_loss(lhs, rhs, 1.0, directions="lhs_to_rhs")
+    loss = gcl_loss(lhs, rhs, 1.0, directions=directions)
     (gradient,) = torch.autograd.grad(loss, lhs, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.sum().backward()

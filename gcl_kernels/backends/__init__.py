@@ -11,11 +11,11 @@ need_rhs, need_scale) -> (dlhs, drhs, dscale)``
     row, col and positive as the forward returned them; g_row (N,), g_col (M,), g_positive (N, P) or None where zero.
     dlhs, drhs in the input dtype, dscale 0-d in logit_scale's dtype; a gradient not needed is an empty tensor.
 
-A third function is optional; without it one direction costs 8 N M D instead of 6:
+A third function is optional; without it the cases that could cost 6 N M D cost 8:
 
-``forward_with_gradient(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, g_lse, g_positive, need_lhs, need_rhs,
+``forward_with_gradient(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_row, g_col, g_positive, need_lhs, need_rhs,
 need_scale) -> (row, col, positive, dlhs, drhs, dscale)``
-    one direction (rows where want_row, else columns) whose upstream gradients g_lse and g_positive are known beforehand.
+    both passes at once where the upstream gradients are known beforehand; None for g_row or g_col: direction not wanted.
 
 Statistics travel in float64 although tiles are float32: at logit_scale 100 a float32 ``row`` near 100 is known to 4e-6
 only, which is the whole loss of a well-trained row. O(N + M) numbers cost nothing.
@@ -32,6 +32,7 @@ import torch
 
 NAMES = ("torch", "triton")
 WITH_GRADIENT = ("torch",)  # backends that have forward_with_gradient
+ONE_TILE = 1024  # a problem up to this N and M is one tile: whole rows and whole columns at once
 
 
 def _has_triton() -> bool:
@@ -58,6 +59,11 @@ def choose(name: str | None, device: torch.device) -> str:
     if name == "triton" and not HAS_TRITON:
         raise ValueError("backend: expected an installed one, got 'triton', which cannot be imported here")
     return name
+
+
+def gradient_in_one_pass(name: str, n: int, m: int, both: bool) -> bool:
+    """Whether gradients promised beforehand are formed beside the forward: one direction always, both in one tile."""
+    return name in WITH_GRADIENT and (not both or max(n, m) <= ONE_TILE)
 
 
 def load(name: str) -> ModuleType:

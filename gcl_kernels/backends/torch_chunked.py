@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import statistics_dtype
+from . import ONE_TILE, statistics_dtype
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -30,9 +30,9 @@ LN2 = math.log(2.0)
 # what a factor of 2^-100 flushes to zero is below 2^-26 of the line's sum, less than the sum's own rounding.
 SAFE_SPREAD = 100.0
 
-# A 1024 x 1024 float32 tile (4 MiB) and its operands stay in a CPU's last-level cache while matrix products of that size
+# On a CPU a 1024 x 1024 float32 tile (4 MiB) and its operands stay in the last-level cache while matrix products of that size
 # still run at the machine's full rate. Accelerators want few launches: chunks as large as the workspace budget allows.
-CPU_TILE = 1024
+CPU_TILE = ONE_TILE
 DEFAULT_WORKSPACE_MIB = 256
 
 
@@ -100,11 +100,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends``: G is formed tile by tile and multiplied by rhs and by lhs."""
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
-    g = [None if v is None else v.to(p.statistics) for v in (g_row, g_col, g_positive)]
-    # A half-precision G would lose the 1/N that the mean leaves in it: G is formed for gradients of size 1.
-    norm = largest(g) if p.operand in (torch.float16, torch.bfloat16) else None
-    if norm is not None:
-        g = [None if v is None else v / norm for v in g]
+    g, norm = p.normalized(g_row, g_col, g_positive)
     softmaxes = Softmaxes.of(p, row, col, *g[:2])
     entry = positive_entries(labels, row, col, positive, *g).to(p.compute)
     gradients = Gradients.of(p, need_lhs, need_rhs, need_scale)
@@ -124,49 +120,55 @@ def forward_with_gradient(
     labels: Tensor | None,
     lhs_ids: Tensor | None,
     rhs_ids: Tensor | None,
-    want_row: bool,
-    g_lse: Tensor,
+    g_row: Tensor | None,
+    g_col: Tensor | None,
     g_positive: Tensor,
     need_lhs: bool,
     need_rhs: bool,
     need_scale: bool,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One direction whose upstream gradients are known beforehand: 6 N M D instead of 8, one exponential a logit.
+    """Forward and gradients in 6 N M D instead of 8, where the upstream gradients are known beforehand.
 
-    A tile holds whole lines (rows where ``want_row``, else columns), so their logsumexp is known before the tile is left and
-    its logits need not be made again.
+    A tile holds whole lines (rows for g_row, columns for g_col, everything for both), so that their logsumexp is known
+    before the tile is left and its logits need not be made again.
     """
     n, m = lhs.shape[0], rhs.shape[0]
     if tile is None:
-        lines = lines_at_once(m if want_row else n, lhs.device, lhs.dtype)
-        tile = (lines, m) if want_row else (n, lines)
+        tile = (
+            n if g_col is not None else lines_at_once(m, lhs.device, lhs.dtype),
+            m if g_row is not None else lines_at_once(n, lhs.device, lhs.dtype),
+        )
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
-    dim, kind = (1 if want_row else 0), p.statistics
-    g_lse, g_positive = g_lse.to(kind), g_positive.to(kind)
-    norm = largest([g_lse, g_positive]) if p.operand in (torch.float16, torch.bfloat16) else None
-    if norm is not None:
-        g_lse, g_positive = g_lse / norm, g_positive / norm
-    lse2 = lhs.new_full((n if want_row else m,), -math.inf, dtype=kind)
-    positive2 = lhs.new_zeros(g_positive.shape, dtype=p.compute)
+    g, norm = p.normalized(g_row, g_col, g_positive)
+    row, col = (
+        lhs.new_full((0 if v is None else k,), -math.inf, dtype=p.statistics) for v, k in ((g_row, n), (g_col, m))
+    )
+    positive = lhs.new_zeros(g_positive.shape, dtype=p.compute)
     gradients = Gradients.of(p, need_lhs, need_rhs, need_scale)
     for rows in p.chunks():
         x = p.scaled_lhs(rows)
         for cols in p.blocks():
-            line = rows if want_row else cols
-            tile_ = p.logits(x, rows, cols)
-            p.read_positives(tile_, rows, cols, positive2)
-            top, total = exponentials_(p, tile_, rows, cols, dim)
-            lse2[line] = top + total.log2()
-            gain = g_lse[line] / total.masked_fill(total == 0, 1.0)
-            tile_.mul_(gain.to(p.compute).unsqueeze(dim))
-            lse, positive = lse2 * LN2, positive2.to(kind) * LN2
-            sides = (lse, None, positive, g_lse, None) if want_row else (None, lse, positive, None, g_lse)
-            p.write_positives(tile_, rows, cols, positive_entries(labels, *sides, g_positive).to(p.compute))
-            gradients.add(tile_, rows, cols)
-    lse, empty = lse2.mul_(LN2), lse2.new_empty(0)
-    sides = (lse, empty) if want_row else (empty, lse)
-    return *sides, positive2.to(kind, copy=True).mul_(LN2), *gradients.finish(logit_scale, norm)
+            s2 = p.logits(x, rows, cols)
+            p.read_positives(s2, rows, cols, positive)
+            by_row = s2
+            if g[0] is not None:
+                by_row = s2 if g[1] is None else p.buffer(1, rows, cols).copy_(s2)
+                row[rows] = softmax_(p, by_row, rows, cols, 1, g[0][rows])
+            if g[1] is not None:
+                col[cols] = softmax_(p, s2, rows, cols, 0, g[1][cols])
+            gradient = s2 if by_row is s2 else s2.add_(by_row)
+            entry = positive_entries(labels, row, col, positive.to(p.statistics) * LN2, *g)
+            p.write_positives(gradient, rows, cols, entry.to(p.compute))
+            gradients.add(gradient, rows, cols)
+    return row, col, positive.to(p.statistics, copy=True).mul_(LN2), *gradients.finish(logit_scale, norm)
+
+
+def softmax_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int, g: Tensor) -> Tensor:
+    """Turns whole lines of logits into g * softmax in place (positives left 0); returns their logsumexp."""
+    top, total = exponentials_(p, s2, rows, cols, dim)
+    s2.mul_((g / total.masked_fill(total == 0, 1.0)).to(p.compute).unsqueeze(dim))
+    return (top + total.log2()) * LN2
 
 
 @dataclass
@@ -262,6 +264,16 @@ class Problem:
     @property
     def statistics(self) -> torch.dtype:
         return statistics_dtype(self.lhs.device)
+
+    def normalized(self, *gradients: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+        """Upstream gradients in the statistics' dtype; for half-precision products divided by their largest magnitude,
+        which is returned: the 1 / N that a mean leaves in G would be lost there, so it is applied after the product."""
+        g = [None if v is None else v.to(self.statistics) for v in gradients]
+        if self.operand == self.compute:
+            return g, None
+        norm = torch.stack([v.abs().max() for v in g if v is not None]).max()
+        norm = torch.where(norm > 0, norm, 1.0)
+        return [None if v is None else v / norm for v in g], norm
 
     def chunks(self) -> Iterator[slice]:
         return slices(self.n, self.tile[0])
@@ -488,12 +500,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
-
-
-def largest(gradients: list[Tensor | None]) -> Tensor:
-    """Largest magnitude among the given vectors, 1 where all are zero."""
-    top = torch.stack([v.abs().max() for v in gradients if v is not None]).max()
-    return torch.where(top > 0, top, 1.0)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -1,0 +1,152 @@
+"""Speed and memory of ClipLoss on the CPU beside ``open_clip.ClipLoss``: float32, forward and backward, 2 threads.
+
+``python -m bench.cpu`` measures, writes ``bench/results/cpu.json`` and draws ``bench/results/cpu.png`` from it;
+``python -m bench.cpu --figure`` only draws. Speeds are ratios within one run: both losses take turns in one process, and the
+matrix-product rate is measured between them. Peak memory is read in a fresh process a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.measure import embeddings, gemm_rate, in_fresh_process, interleaved, machine, memory_mib, reset_peak, step
+from gcl_kernels import ClipLoss, __version__
+
+RESULTS = Path(__file__).parent / "results"
+D = 512
+SMALL = (256, 512, 1024, 2048, 4096)
+LARGE = (8192, 16384)
+ALONE = (32768, 65536)  # dense logits take 4 to 17 GB a copy there, several copies
+DENSE_MEMORY = (1024, 4096, 8192, 16384)
+
+
+def open_clip_loss():
+    from gcl_kernels.training.openclip import import_open_clip
+
+    return import_open_clip().ClipLoss()
+
+
+LOSSES = {"ours": ClipLoss, "open_clip": open_clip_loss}
+
+
+def time_row(n: int, peers: bool) -> dict:
+    inputs = embeddings(n, D)
+    losses = {name: make() for name, make in LOSSES.items() if peers or name == "ours"}
+    repeats = 5 if n >= 4096 else 25
+    repeats = repeats if peers else 1
+    shapes = [(2048, 2048, D), (8192, 8192, D), (1024, D, 1024)]
+    before = gemm_rate(shapes)
+    if peers:
+        times = interleaved(losses, inputs, repeats)
+    else:
+        times = {"ours": [step(losses["ours"], inputs)]}
+    gemm = max(before, gemm_rate(shapes))
+    row = {"n": n, "d": D, "repeats": repeats, "gemm_gflops": gemm / 1e9, "seconds": times}
+    ours = statistics.median(times["ours"])
+    row["fraction_of_gemm"] = 8 * n * n * D / ours / gemm
+    if peers:
+        row["speedup"] = statistics.median(times["open_clip"]) / ours
+    return row
+
+
+def memory_row(name: str, n: int) -> dict:
+    extra, peak = json.loads(in_fresh_process("bench.cpu", "--memory-of", name, str(n)))
+    return {"n": n, "d": D, "loss": name, "extra_mib": extra, "peak_mib": peak}
+
+
+def memory_of(name: str, n: int) -> None:
+    """Prints [peak MiB over what inputs and gradients need, peak resident MiB] of a step in this process."""
+    loss = LOSSES[name]()
+    step(loss, embeddings(64, D))  # libraries and threads are there
+    before = memory_mib("VmRSS")
+    inputs = embeddings(n, D)
+    inputs_and_gradients = 4 * 4 * n * D / 2**20
+    reset_peak()
+    loss(*inputs).backward()
+    peak = memory_mib("VmHWM")
+    print(json.dumps([peak - before - inputs_and_gradients, peak]))
+
+
+def measure() -> dict:
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "gcl_kernels": __version__,
+        "machine": machine(),
+        "dtype": "float32",
+        "pass": "forward + backward",
+        "time": [],
+        "memory": [],
+    }
+    work = [("time", lambda n=n: time_row(n, n not in ALONE)) for n in (*SMALL, *LARGE, *ALONE)]
+    work += [("memory", lambda n=n: memory_row("ours", n)) for n in (1024, 4096, *LARGE, *ALONE)]
+    work += [("memory", lambda n=n: memory_row("open_clip", n)) for n in DENSE_MEMORY]
+    for kind, figure in tqdm(work, unit="figure"):
+        row = figure()
+        result[kind].append(row)
+        tqdm.write(json.dumps({k: v for k, v in row.items() if k != "seconds"}))
+    return result
+
+
+def draw(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"ours": "gcl_kernels.ClipLoss", "open_clip": "open_clip.ClipLoss"}
+    colours = {"ours": "#0b6e4f", "open_clip": "#b23a48"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name in names:
+        rows = [r for r in result["memory"] if r["loss"] == name]
+        left.plot([r["n"] for r in rows], [r["extra_mib"] for r in rows], "o-", color=colours[name], label=names[name])
+        timed = [r for r in result["time"] if name in r["seconds"]]
+        right.plot(
+            [r["n"] for r in timed],
+            [statistics.median(r["seconds"][name]) for r in timed],
+            "o-",
+            color=colours[name],
+            label=names[name],
+        )
+    left.set(title="Extra peak memory over inputs and gradients", ylabel="MiB")
+    right.set(title="Time of one forward + backward", ylabel="seconds")
+    n = [r["n"] for r in result["time"]]
+    floor = [8 * k * k * D / (1e9 * max(r["gemm_gflops"] for r in result["time"])) for k in n]
+    right.plot(n, floor, ":", color="grey", label="8 N²D at this machine's GEMM rate (model)")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="batch size N")
+        ticks = [256, 1024, 4096, 16384, 65536]
+        axes.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks], minor=False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    about = result["machine"]
+    figure.suptitle(
+        f"Measured: D = {D}, float32, {about['threads']} threads of {about['cpu']}, torch {about['torch']}", fontsize=10
+    )
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", action="store_true", help="draw the figure from the result file and stop")
+    parser.add_argument("--memory-of", nargs=2, metavar=("LOSS", "N"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    if arguments.memory_of:
+        memory_of(arguments.memory_of[0], int(arguments.memory_of[1]))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    if not arguments.figure:
+        (RESULTS / "cpu.json").write_text(json.dumps(measure(), indent=1) + "\n")
+    draw(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.png")
+    print(f"figures: {RESULTS / 'cpu.json'}, {RESULTS / 'cpu.png'}")
+
+
+if __name__ == "__main__":
+    main()
