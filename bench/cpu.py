@@ -1,8 +1,8 @@
 """Speed and memory of ClipLoss on the CPU beside ``open_clip.ClipLoss``: float32, forward and backward, 2 threads.
 
-``python -m bench.cpu`` measures, writes ``bench/results/cpu.json`` and draws ``bench/results/cpu.png`` from it;
-``python -m bench.cpu --figure`` only draws. Speeds are ratios within one run: both losses take turns in one process, and the
-matrix-product rate is measured between them. Peak memory is read in a fresh process a figure.
+``python -m bench.cpu`` measures, writes ``bench/results/cpu.json``, draws ``bench/results/cpu.png`` from it and puts its table
+into the README; ``python -m bench.cpu --figure`` does all but measure. Speeds are ratios within one run: both losses take
+turns in one process, and the matrix-product rate is measured around them. Peak memory is read in fresh processes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from tqdm import tqdm
 
 from bench.measure import embeddings, gemm_rate, in_fresh_process, interleaved, machine, memory_mib, reset_peak, step
 from gcl_kernels import ClipLoss, __version__
+from gcl_kernels.backends import ONE_TILE
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- figures: bench.cpu -->", "<!-- end figures -->"
 D = 512
 SMALL = (256, 512, 1024, 2048, 4096)
 LARGE = (8192, 16384)
@@ -132,6 +135,42 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def table(result: dict) -> str:
+    """The README's figures as Markdown."""
+    about = result["machine"]
+    lines = [
+        f"Measured on {result['date']}: {about['cpu']}, {about['threads']} threads ({about['capability']}), "
+        f"torch {about['torch']}; "
+        f"D = {D}, float32, forward and backward, median of the repeats in [cpu.json](bench/results/cpu.json), both losses in "
+        "turns in one process. GEMM rate: this machine's own float32 matrix product in the same run, counting 8 N² D.",
+        "",
+        "| N | ours | `open_clip.ClipLoss` | faster | of the GEMM rate | extra memory, ours | `open_clip` |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    extra = {(r["loss"], r["n"]): f"{r['extra_mib']:,.0f} MiB" for r in result["memory"]}
+    for row in result["time"]:
+        n, seconds = row["n"], {name: statistics.median(t) for name, t in row["seconds"].items()}
+        dense = f"{seconds['open_clip']:.3g} s" if "open_clip" in seconds else "not run"
+        faster = f"{row['speedup']:.2f}x" if "speedup" in row else ""
+        memory = [extra.get((name, n), "") for name in ("ours", "open_clip")]
+        fraction = f"{row['fraction_of_gemm']:.0%}" if n > ONE_TILE else f"({row['fraction_of_gemm']:.0%})"
+        lines.append(
+            f"| {n:,} | {seconds['ours']:.3g} s | {dense} | {faster} | {fraction} | {memory[0]} | {memory[1]} |"
+        )
+    lines += [
+        "",
+        f"In brackets: up to N = {ONE_TILE:,} a step does 6 N² D, so 8 N² D flatters it. "
+        "Extra memory is the peak over inputs and their gradients, each in a fresh process.",
+    ]
+    return "\n".join(lines)
+
+
+def write_readme(result: dict) -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", action="store_true", help="draw the figure from the result file and stop")
@@ -144,8 +183,10 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     if not arguments.figure:
         (RESULTS / "cpu.json").write_text(json.dumps(measure(), indent=1) + "\n")
-    draw(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.png")
-    print(f"figures: {RESULTS / 'cpu.json'}, {RESULTS / 'cpu.png'}")
+    result = json.loads((RESULTS / "cpu.json").read_text())
+    draw(result, RESULTS / "cpu.png")
+    write_readme(result)
+    print(f"{table(result)}\n\nfigures: {RESULTS / 'cpu.json'}, {RESULTS / 'cpu.png'}")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,21 @@ def test_a_well_trained_row_keeps_its_loss():
     testing.assert_as_accurate([actual], [[dense]], [oracle])
 
 
+@pytest.mark.parametrize("one_tile", [False, True])
+def test_a_saturated_batch_has_no_noise_of_rounding(one_tile, monkeypatch):
+    """Losses of 1e-9, far below float32's resolution of a logsumexp or of p, and their gradients, to three digits."""
+    monkeypatch.setattr(backends, "ONE_TILE", 1024 * one_tile)
+    monkeypatch.setattr(torch_chunked, "default_tile", lambda *_: (16, 16))
+    x = F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+    exact = [x.double().clone().requires_grad_() for _ in range(2)]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    actual = testing.value_and_gradients(lambda: 1e9 * gcl_loss(*inputs, 50.0, reduction="sum"), inputs)
+    oracle = testing.value_and_gradients(lambda: 1e9 * reference.gcl_loss(*exact, 50.0, reduction="sum"), exact)
+    assert 0 < float(oracle[0]) < 64e3
+    for a, o in zip(actual, oracle, strict=True):
+        assert testing.relative_error(a, o) < 1e-3
+
+
 @given(problem=testing.problems(labels=False, ids=False), kind=weights_like)
 def test_losses_are_not_negative(problem, kind):
     batch = problem.build(torch.float32)

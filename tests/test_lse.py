@@ -243,14 +243,14 @@ def test_both_exponential_forms_are_reached_and_agree(unsafe_scale, monkeypatch)
 
 
 class Products(TorchDispatchMode):
-    """FLOPs of matrix products, in-place ones too; a product over two columns is no logits."""
+    """FLOPs of matrix products, those into a given tensor too; a product over two columns is no logits."""
 
     flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm_"):
+        if name in ("mm", "addmm"):
             inner = args[0 if name == "mm" else 1].shape[1]
             self.flops += 2 * result.numel() * inner if inner > 2 else 0
         return result

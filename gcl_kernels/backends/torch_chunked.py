@@ -184,16 +184,16 @@ class Gradients:
     @classmethod
     def of(cls, p: Problem, need_lhs: bool, need_rhs: bool, need_scale: bool) -> Gradients:
         # <G, lhs rhs^T> = <G rhs, lhs> = <G^T lhs, rhs>: dscale costs O((N + M) D) once either product is there.
-        lhs = p.lhs.new_zeros(p.lhs.shape, dtype=p.compute) if need_lhs or (need_scale and not need_rhs) else None
-        rhs = p.rhs.new_zeros(p.rhs.shape, dtype=p.compute) if need_rhs else None
+        lhs = p.lhs.new_empty(p.lhs.shape, dtype=p.compute) if need_lhs or (need_scale and not need_rhs) else None
+        rhs = p.rhs.new_empty(p.rhs.shape, dtype=p.compute) if need_rhs else None
         return cls(p, lhs, rhs, need_lhs, need_scale)
 
     def add(self, gradient: Tensor, rows: slice, cols: slice) -> None:
         gradient = gradient.to(self.p.operand)
         if self.dlhs is not None:
-            add_product(self.dlhs[rows], gradient, self.p.rhs[cols])
+            add_product(self.dlhs[rows], gradient, self.p.rhs[cols], first=cols.start == 0)
         if self.drhs is not None:
-            add_product(self.drhs[cols], gradient.t(), self.p.lhs[rows].to(self.p.operand))
+            add_product(self.drhs[cols], gradient.t(), self.p.lhs[rows].to(self.p.operand), first=rows.start == 0)
 
     def finish(self, logit_scale: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         p, kind = self.p, self.p.statistics
@@ -494,12 +494,13 @@ def exponentials_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int) ->
     return top.squeeze(dim), e.sum(dim=dim).to(p.statistics) + positives
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in total's dtype."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, accumulated in total's dtype; the first product replaces whatever total held."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        product = torch.mm(a, b, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
