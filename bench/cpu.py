@@ -16,7 +16,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.measure import embeddings, gemm_rate, in_fresh_process, interleaved, machine, memory_mib, reset_peak, step
+from bench.measure import (
+    embeddings,
+    gemm,
+    in_fresh_process,
+    interleaved,
+    machine,
+    median_ratio,
+    memory_mib,
+    reset_peak,
+    step,
+)
 from gcl_kernels import ClipLoss, __version__
 from gcl_kernels.backends import ONE_TILE
 
@@ -40,22 +50,21 @@ LOSSES = {"ours": ClipLoss, "open_clip": open_clip_loss}
 
 
 def time_row(n: int, peers: bool) -> dict:
+    """Ratios are medians over turns: in each turn ours, the peer and a matrix product run one after the other."""
     inputs = embeddings(n, D)
-    losses = {name: make() for name, make in LOSSES.items() if peers or name == "ours"}
-    repeats = 5 if n >= 4096 else 25
-    repeats = repeats if peers else 1
-    shapes = [(2048, 2048, D), (8192, 8192, D), (1024, D, 1024)]
-    before = gemm_rate(shapes)
+    flops = 8 * n * n * D
+    tasks = {"gemm": gemm(max(2e9, min(flops / 4, 1e12)), D)}
+    for name, make in LOSSES.items():
+        if peers or name == "ours":
+            loss = make()
+            tasks[name] = lambda loss=loss: step(loss, inputs)
+    turns = 1 if not peers else 5 if n >= 4096 else 51
+    times = interleaved(tasks, turns) if peers else {name: [task()] for name, task in tasks.items()}
+    per_flop = times.pop("gemm")
+    row = {"n": n, "d": D, "turns": turns, "gemm_gflops": 1e-9 / statistics.median(per_flop), "seconds": times}
+    row["fraction_of_gemm"] = median_ratio([flops * t for t in per_flop], times["ours"])
     if peers:
-        times = interleaved(losses, inputs, repeats)
-    else:
-        times = {"ours": [step(losses["ours"], inputs)]}
-    gemm = max(before, gemm_rate(shapes))
-    row = {"n": n, "d": D, "repeats": repeats, "gemm_gflops": gemm / 1e9, "seconds": times}
-    ours = statistics.median(times["ours"])
-    row["fraction_of_gemm"] = 8 * n * n * D / ours / gemm
-    if peers:
-        row["speedup"] = statistics.median(times["open_clip"]) / ours
+        row["speedup"] = median_ratio(times["open_clip"], times["ours"])
     return row
 
 
@@ -141,8 +150,9 @@ def table(result: dict) -> str:
     lines = [
         f"Measured on {result['date']}: {about['cpu']}, {about['threads']} threads ({about['capability']}), "
         f"torch {about['torch']}; "
-        f"D = {D}, float32, forward and backward, median of the repeats in [cpu.json](bench/results/cpu.json), both losses in "
-        "turns in one process. GEMM rate: this machine's own float32 matrix product in the same run, counting 8 N² D.",
+        f"D = {D}, float32, forward and backward, median times, and ratios as medians over turns of "
+        "[cpu.json](bench/results/cpu.json): in a turn both losses and a matrix product run one after the other, in one process. "
+        "GEMM rate: that float32 product's, counting 8 N² D for the loss.",
         "",
         "| N | ours | `open_clip.ClipLoss` | faster | of the GEMM rate | extra memory, ours | `open_clip` |",
         "|---|---|---|---|---|---|---|",

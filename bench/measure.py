@@ -36,30 +36,40 @@ def step(loss: Loss, inputs: Sequence[Tensor]) -> float:
     return seconds
 
 
-def gemm_rate(shapes: Sequence[tuple[int, int, int]], repeats: int = 5) -> float:
-    """This machine's float32 matrix-product rate now: FLOP/s of the fastest shape (n, m, k), median of repeats."""
-    best = 0.0
-    for n, m, k in shapes:
+def gemm(flops: float, d: int) -> Callable[[], float]:
+    """A function that runs about ``flops`` of float32 matrix products, in this machine's fastest of three shapes, and returns
+    seconds per FLOP."""
+    candidates = []
+    for n, m, k in ((2048, 2048, d), (8192, 8192, d), (1024, d, 1024)):
         a, b, out = torch.randn(n, k), torch.randn(m, k), torch.empty(n, m)
-        torch.mm(a, b.t(), out=out)
-        seconds = []
-        for _ in range(repeats):
+
+        def run(repeats, a=a, b=b, out=out, each=2 * n * m * k):
             start = time.perf_counter()
-            torch.mm(a, b.t(), out=out)
-            seconds.append(time.perf_counter() - start)
-        best = max(best, 2 * n * m * k / statistics.median(seconds))
-    return best
+            for _ in range(repeats):
+                torch.mm(a, b.t(), out=out)
+            return (time.perf_counter() - start) / (repeats * each)
+
+        run(1)
+        each = 2 * n * m * k
+        candidates.append((min(run(max(1, round(1e10 / each))) for _ in range(5)), run, max(1, round(flops / each))))
+    _, run, repeats = min(candidates, key=lambda c: c[0])
+    return lambda: run(repeats)
 
 
-def interleaved(losses: dict[str, Loss], inputs: Sequence[Tensor], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of ``repeats`` steps of each loss, in turns after one warm-up each, so that noise meets all alike."""
-    times: dict[str, list[float]] = {name: [] for name in losses}
-    for turn in range(repeats + 1):
-        for name, loss in losses.items():
-            seconds = step(loss, inputs)
+def interleaved(tasks: dict[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
+    """What each task returns, ``turns`` times, in turns after one warm-up, so that noise meets all alike."""
+    results: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(turns + 1):
+        for name, task in tasks.items():
+            value = task()
             if turn:
-                times[name].append(seconds)
-    return times
+                results[name].append(value)
+    return results
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median over turns of a / b."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def memory_mib(field: str) -> float:
