@@ -1,0 +1,184 @@
+"""Launch configurations: one fixed choice per (architecture family, dtype, band of D), with the reason beside it.
+
+``python -m bench.aot`` prints what each compiles to. Nothing is searched at run time: the first batch is as fast as the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one tile kernel is launched. Rows are those of lhs, columns those of rhs."""
+
+    rows: int
+    cols: int
+    d: int  # of D, per pipeline stage
+    warps: int
+    stages: int
+    group: int = 8  # row tiles in a band: their lhs and a few column tiles stay in L2 while the band is walked
+    halves: bool = False  # backward: the epilogue in two column halves, where a wide tile's registers need it
+    one_exponential: bool = True  # False: two exponentials a logit always (``kernels``)
+
+    @property
+    def stored_cols(self) -> int:
+        """Columns of the blocks in which the backward stores G."""
+        return self.cols // 2 if self.halves else self.cols
+
+
+@dataclass(frozen=True)
+class Config:
+    forward: Tile
+    backward: Tile
+    masked_forward: Tile  # with ids or several labels a row, whose values need registers beside the logits
+    masked_backward: Tile
+    descriptors: bool = False  # tensor descriptors (TMA where the chip has it) instead of pointers
+
+    def tile(self, backward: bool, masked: bool) -> Tile:
+        if backward:
+            return self.masked_backward if masked else self.backward
+        return self.masked_forward if masked else self.forward
+
+
+@dataclass(frozen=True)
+class Family:
+    """Chips that share their configurations. Bands are (largest D, configuration), in order of D."""
+
+    name: str
+    target: tuple[str, int | str, int]  # backend, architecture, threads of a warp: what the compiler is told
+    shared_memory: int  # bytes a block may take; a configuration over it does not launch
+    half: tuple[tuple[float, Config], ...]  # bfloat16 and float16, on the matrix units
+    tf32: tuple[tuple[float, Config], ...]  # float32 on the matrix units, in one or several passes
+    ieee: tuple[tuple[float, Config], ...]  # float32 on the ordinary units
+
+    def config(self, dtype: torch.dtype, d: int, precision: str) -> Config:
+        bands = self.half if dtype != torch.float32 else self.ieee if precision == "ieee" else self.tf32
+        return next(config for largest_d, config in bands if d <= largest_d)
+
+
+def everywhere(tile: Tile, descriptors: bool = False) -> tuple[tuple[float, Config], ...]:
+    return ((math.inf, Config(tile, tile, tile, tile, descriptors)),)
+
+
+# float32 in IEEE arithmetic: fused multiply-adds on the ordinary units. A thread holds its share of both operands of
+# a step in registers, so steps of 16 and 64 x 64 tiles are what fits. The products take ten times as long as the
+# epilogue: two exponentials a logit cost nothing there and round least.
+IEEE = Tile(64, 64, 16, 4, 3, one_exponential=False)
+
+# float32 on the matrix units: three passes of tf32 need twice the registers of one for the split operands, hence 64 columns.
+TF32 = Tile(128, 64, 32, 8, 3, one_exponential=False)
+
+# Hopper, 227 KB. 128 x 256 reads least shared memory a product (wgmma of 256 columns) and 48 bytes of L2 a clock at full rate;
+# 4 stages of 48 KB = 192 KB, one block an SM.
+WIDE_90 = Tile(128, 256, 64, 8, 4, halves=True)
+# At small D a tile's products take no longer than its epilogue: two blocks an SM (96 KB each; forward 128 registers x 256
+# threads, backward 255 x 128) let one block's products run beside the other's epilogue.
+SMALL_FORWARD_90 = Tile(128, 128, 64, 8, 3)
+SMALL_BACKWARD_90 = Tile(128, 128, 64, 4, 3, halves=True)
+
+# Blackwell, 227 KB: accumulators are in tensor memory and come to registers a whole row a thread; 256 columns do not fit there,
+# nor more than 64 beside ids (forward: not even those if the logits must outlive their exponentials).
+SQUARE_100 = Tile(128, 128, 64, 8, 3)
+MASKED_FORWARD_100 = Tile(128, 64, 64, 8, 4, one_exponential=False)
+MASKED_BACKWARD_100 = Tile(128, 64, 64, 8, 4)
+
+# Ampere: 64 accumulators a thread. 4 stages of 16 KB = 64 KB: two blocks fit 163 KB, and one fits the 99 KB of consumer chips.
+SQUARE_80 = Tile(128, 128, 32, 8, 4)
+SQUARE_86 = Tile(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
+
+# CDNA3, 64 KB of LDS, 64 threads a wave, 512 registers a thread: 8 waves share 128 x 128; the AMD pipeliner keeps stages - 1
+# buffers of 32 KB.
+SQUARE_942 = Tile(128, 128, 64, 8, 2)
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "sm_80",
+            ("cuda", 80, 32),
+            163 * 1024,
+            half=everywhere(SQUARE_80),
+            tf32=everywhere(TF32),
+            ieee=everywhere(IEEE),
+        ),
+        Family(
+            "sm_86",
+            ("cuda", 86, 32),
+            99 * 1024,
+            half=everywhere(SQUARE_86),
+            tf32=everywhere(TF32),
+            ieee=everywhere(IEEE),
+        ),
+        Family(
+            "sm_90",
+            ("cuda", 90, 32),
+            227 * 1024,
+            half=(
+                (256, Config(SMALL_FORWARD_90, SMALL_BACKWARD_90, SMALL_FORWARD_90, SMALL_FORWARD_90, True)),
+                (math.inf, Config(WIDE_90, WIDE_90, SMALL_FORWARD_90, SMALL_FORWARD_90, True)),
+            ),
+            tf32=everywhere(TF32, descriptors=True),
+            ieee=everywhere(IEEE, descriptors=True),
+        ),
+        Family(
+            "sm_100",
+            ("cuda", 100, 32),
+            227 * 1024,
+            half=((math.inf, Config(SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True)),),
+            tf32=everywhere(TF32, descriptors=True),
+            ieee=everywhere(IEEE, descriptors=True),
+        ),
+        Family(
+            "gfx942",
+            ("hip", "gfx942", 64),
+            64 * 1024,
+            half=everywhere(SQUARE_942),
+            tf32=everywhere(IEEE),
+            ieee=everywhere(IEEE),
+        ),
+    )
+}
+
+# Triton's interpreter: small, so that a test's shape has several tiles and a tail in every direction.
+INTERPRETED = Config(
+    Tile(32, 64, 32, 4, 2, group=2),
+    Tile(64, 32, 32, 4, 2, group=2, halves=True),
+    Tile(32, 64, 32, 4, 2, group=2),
+    Tile(64, 32, 32, 4, 2, group=2, halves=True),
+    descriptors=True,
+)
+
+
+def select(device: torch.device, dtype: torch.dtype, d: int, precision: str) -> Config:
+    """The configuration for tensors on this device."""
+    if device.type != "cuda":
+        return INTERPRETED
+    if torch.version.hip is not None:
+        architecture: str | tuple[int, int] = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        architecture = torch.cuda.get_device_capability(device)
+    return FAMILIES[family_of(architecture)].config(dtype, d, precision)
+
+
+@cache  # one warning a process
+def family_of(architecture: str | tuple[int, int]) -> str:
+    """Family of a compute capability or a gfx name; for a chip that is in none, the nearest that it can run."""
+    known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    known_amd = {"gfx942": "gfx942", "gfx950": "gfx942"}
+    if isinstance(architecture, str):
+        found, nearest = known_amd.get(architecture), "gfx942"
+    else:
+        # sm_12x has Ampere's matrix instructions and shared memory of 99 KB, as have the others that are not here
+        found, nearest = known.get(architecture), "sm_100" if architecture[0] in (10, 11) else "sm_86"
+    if found is None:
+        warnings.warn(
+            f"gcl_kernels has no launch configuration for {architecture}; it takes that of {nearest}, which may be slow",
+            stacklevel=2,
+        )
+    return found or nearest

@@ -1,0 +1,513 @@
+"""Cuts the problem into launches: chunks that respect the workspace budget, the tile kernels, the gradient GEMMs.
+
+Nothing here reads a device value on the host. Peak extra memory is O((N + M) D) plus the budget,
+``GCL_KERNELS_WORKSPACE_MIB`` (default 256).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..torch_chunked import DEFAULT_WORKSPACE_MIB, LN2, LOG2E, Line, positive_entries, slices
+from . import kernels
+from .config import Config, Tile, select
+
+INTERPRETED = not isinstance(kernels.forward_tile, triton.JITFunction)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# G is stored for gradients of size 1. In float16 a softmax of 65,536 columns would then lie among the subnormals; 2^8 lifts it
+# out and leaves room for 2^8 before the largest finite number.
+FLOAT16_LIFT = 2.0**8
+
+
+def forward(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    want_row: bool,
+    want_col: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``backends``. ``config`` replaces the table's choice, for tests and tuning."""
+    p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, config)
+    tile = p.tile(backward=False)
+    positive = lhs.new_zeros((p.n, p.n_labels), dtype=torch.float32)
+    row, col = Statistics.of(lhs, p.n if want_row else 0), Statistics.of(lhs, p.m if want_col else 0)
+
+    col_tiles = cdiv(p.m, tile.cols)
+    bytes_a_row = 8 * col_tiles * want_row + 8 * cdiv(p.m, tile.rows) * want_col
+    chunk = workspace_bytes() // max(bytes_a_row, 1) // tile.rows * tile.rows
+    chunk = min(max(chunk, tile.rows), p.n)
+    row_parts = lhs.new_empty((2, col_tiles * chunk if want_row else 0), dtype=torch.float32)
+    col_parts = lhs.new_empty((2, cdiv(chunk, tile.rows) * p.m if want_col else 0), dtype=torch.float32)
+    with on_device(lhs):
+        for rows in slices(p.n, chunk):
+            n = rows.stop - rows.start
+            row_tiles = cdiv(n, tile.rows)
+            run(
+                kernels.forward_tile,
+                row_tiles * col_tiles,
+                **p.arguments(rows, slice(0, p.m), tile),
+                p_row_top=row_parts[0],
+                p_row_total=row_parts[1],
+                p_col_top=col_parts[0],
+                p_col_total=col_parts[1],
+                p_positive=positive[rows],
+                WANT_ROW=want_row,
+                WANT_COL=want_col,
+            )
+            if want_row:
+                row[rows].merge(row_parts, col_tiles)
+            if want_col:
+                col.merge(col_parts, row_tiles)
+        # the kernel leaves positives out: they join their lines here, in float64
+        visible = p.distinct_positives(positive)
+        if want_row:
+            row.merge(torch.stack([visible.t(), torch.ones_like(visible.t())]).flatten(1), p.n_labels)
+        if want_col:
+            col.merge(p.by_column(visible), 1)
+    return row.logsumexp(), col.logsumexp(), positive.to(torch.float64).mul_(LN2)
+
+
+def backward(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    row: Tensor,
+    col: Tensor,
+    positive: Tensor,
+    g_row: Tensor | None,
+    g_col: Tensor | None,
+    g_positive: Tensor | None,
+    need_lhs: bool,
+    need_rhs: bool,
+    need_scale: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``backends``. One chunk of G at a time: dlhs = scale G rhs, drhs = scale G^T lhs, dscale = <G, lhs rhs^T>."""
+    p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, config)
+    tile = p.tile(backward=True)
+    g, norm = normalized(lhs.dtype, g_row, g_col, g_positive)
+    by_row = None if g[0] is None else Line.of(row, g[0], torch.float32)
+    by_col = None if g[1] is None else Line.of(col, g[1], torch.float32)
+    row_line, col_line, middle = packed(by_row, by_col, lhs)
+    entry = padded(positive_entries(labels, row, col, positive, *g).to(torch.float32), 0)  # p - 1 is taken in float64
+
+    # <G, lhs rhs^T> = <G rhs, lhs> = <G^T lhs, rhs>: the scale's gradient costs O((N + M) D) once either product is there.
+    with_lhs = need_lhs or (need_scale and not need_rhs)
+    outer = logit_scale if norm is None else logit_scale * norm.to(logit_scale)
+    dlhs = lhs.new_empty(lhs.shape if need_lhs else 0)
+    dscale = logit_scale.new_zeros((), dtype=torch.float64)
+    drhs = p.rhs.new_zeros(p.rhs.shape, dtype=torch.float32) if need_rhs else None
+    stored = torch.float32 if INTERPRETED else lhs.dtype  # the interpreter's bfloat16 rounding is faulty
+    chunk = gradient_chunk(p.n, p.m, tile, stored.itemsize)
+    pitch = round_up(chunk[1], 64)  # every row of G starts on a line of 128 bytes
+    workspace = lhs.new_empty((chunk[0], pitch), dtype=stored)
+    with on_device(lhs):
+        for rows in slices(p.n, chunk[0]):
+            x = p.lhs[rows]
+            product = torch.zeros_like(x, dtype=torch.float32) if with_lhs else None
+            for cols in slices(p.m, chunk[1]):
+                n, m = rows.stop - rows.start, cols.stop - cols.start
+                gradient = workspace[:n, :m]
+                run(
+                    kernels.backward_tile,
+                    cdiv(n, tile.rows) * cdiv(m, tile.cols),
+                    **p.arguments(rows, cols, tile),
+                    p_row_line=row_line[:, rows.start :],
+                    p_col_line=col_line[:, cols.start :],
+                    p_middle=middle,
+                    p_entry=entry[rows.start :],
+                    gradient=p.block(gradient, tile.rows, tile.stored_cols),
+                    gradient_stride=pitch,
+                    row_line_stride=row_line.stride(0),
+                    col_line_stride=col_line.stride(0),
+                    HAS_ROW=by_row is not None,
+                    HAS_COL=by_col is not None,
+                    HALVES=tile.halves,
+                )
+                gradient = gradient.to(lhs.dtype)
+                if product is not None:
+                    add_product(product, gradient, p.rhs[cols])
+                if drhs is not None:
+                    add_product(drhs[cols], gradient.t(), x)
+            if product is not None:
+                if need_scale:
+                    dscale += inner_product(product, x)
+                if need_lhs:
+                    dlhs[rows] = product.mul_(outer)[:, : p.d]
+    if need_scale and not with_lhs and drhs is not None:
+        for cols in slices(p.m, chunk[1]):
+            dscale += inner_product(drhs[cols], p.rhs[cols])
+    if norm is not None:
+        dscale *= norm
+    nothing = lhs.new_empty(0)
+    return (
+        dlhs,
+        nothing if drhs is None else drhs.mul_(outer)[:, : p.d].to(rhs.dtype, memory_format=torch.contiguous_format),
+        dscale.to(logit_scale) if need_scale else logit_scale.new_empty(0),
+    )
+
+
+@dataclass
+class Problem:
+    """The inputs as the kernels read them."""
+
+    lhs: Tensor  # (N, D') operands, see ``operand``
+    rhs: Tensor  # (M, D')
+    d: int  # D before padding
+    scale: Tensor  # (2,) float32, logit_scale * log2(e) and what rounding took from it
+    labels: Tensor | None  # (N.., P) int32, ``padded``; None: row i's positive is column i
+    lhs_ids: Tensor | None  # (K, N..) int32, ``compress_ids``
+    rhs_ids: Tensor | None
+    config: Config
+    precision: str
+
+    @classmethod
+    def of(cls, lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, config: Config | None) -> Problem:
+        if lhs.dtype not in DTYPES:
+            raise ValueError(
+                f"lhs: expected bfloat16, float16 or float32 for backend 'triton', got {str(lhs.dtype)[6:]}; "
+                "backend 'torch' takes it"
+            )
+        if lhs.device.type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f"lhs: expected a CUDA or HIP tensor for backend 'triton', got one on {lhs.device}; set TRITON_INTERPRET=1 "
+                "before importing triton to run the kernels in its interpreter, or use backend 'torch'"
+            )
+        precision = input_precision(lhs.dtype)
+        if config is None:
+            config = select(lhs.device, lhs.dtype, lhs.shape[1], precision)
+        if labels is not None:
+            labels = padded(labels.to(torch.int32), -1)
+        if lhs_ids is not None and rhs_ids is not None:
+            lhs_ids, rhs_ids = compress_ids(lhs_ids, rhs_ids)
+        return cls(
+            operand(lhs),
+            operand(rhs),
+            lhs.shape[1],
+            high_and_low(logit_scale.to(torch.float64) * LOG2E),
+            labels,
+            lhs_ids,
+            rhs_ids,
+            config,
+            precision,
+        )
+
+    @property
+    def n(self) -> int:
+        return self.lhs.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.rhs.shape[0]
+
+    @property
+    def n_labels(self) -> int:
+        return 1 if self.labels is None else self.labels.shape[1]
+
+    def tile(self, backward: bool) -> Tile:
+        return self.config.tile(backward, masked=self.lhs_ids is not None or self.n_labels > 1)
+
+    def arguments(self, rows: slice, cols: slice, tile: Tile) -> dict[str, Any]:
+        """What both tile kernels take, for a chunk. A tensor a kernel does not read is stood in for by ``scale``."""
+        lhs, rhs = self.lhs[rows], self.rhs[cols]
+        return {
+            "lhs": self.block(lhs, tile.rows, tile.d),
+            "rhs": self.block(rhs, tile.cols, tile.d),
+            "p_scale": self.scale,
+            "p_labels": self.scale if self.labels is None else self.labels[rows.start :],
+            "p_lhs_ids": self.scale if self.lhs_ids is None else self.lhs_ids[:, rows.start :],
+            "p_rhs_ids": self.scale if self.rhs_ids is None else self.rhs_ids[:, cols.start :],
+            "n": lhs.shape[0],
+            "m": rhs.shape[0],
+            "d": lhs.shape[1],
+            "lhs_stride": lhs.stride(0),
+            "rhs_stride": rhs.stride(0),
+            "lhs_ids_stride": 0 if self.lhs_ids is None else self.lhs_ids.stride(0),
+            "rhs_ids_stride": 0 if self.rhs_ids is None else self.rhs_ids.stride(0),
+            "shift": (rows.start if self.labels is None else 0) - cols.start,
+            "LABELS": 0 if self.labels is None else self.labels.shape[1],
+            "CHANNELS": 0 if self.lhs_ids is None else self.lhs_ids.shape[0],
+            "WIDEN": INTERPRETED,
+            "PRECISION": self.precision,
+            "FULL_SCALE": lhs.dtype == torch.float32,
+            **tile_constants(tile, self.config.descriptors, lhs.shape[1]),
+        }
+
+    def distinct_positives(self, positive: Tensor) -> Tensor:
+        """positive (N, P) with -inf for label -1, and for a column its row labels twice, all but once."""
+        if self.labels is None:
+            return positive
+        labels = self.labels[: self.n]
+        out = labels < 0
+        for q in range(1, self.n_labels):
+            out[:, q] |= (labels[:, :q] == labels[:, q : q + 1]).any(dim=1)
+        return positive.masked_fill(out, -math.inf)
+
+    def by_column(self, visible: Tensor) -> Tensor:
+        """(max, sum of exp2(s - max)) of each column's positives, (2, M).
+
+        The sum is made of integers, 2^-40 to the unit, because those add up to the same bits in any order.
+        """
+        top = visible.new_full((self.m,), -math.inf)
+        if self.labels is None:
+            top[: self.n] = visible[:, 0]
+            return torch.stack([top, torch.ones_like(top)])
+        column = self.labels[: self.n].clamp(min=0).flatten().long()
+        top.scatter_reduce_(0, column, visible.flatten(), "amax")
+        reference = top.masked_fill(top == -math.inf, 0.0)
+        parts = torch.exp2((visible.flatten() - reference[column]).to(torch.float64)) * 2.0**40
+        # no number stands for a NaN, but then top is one
+        total = torch.zeros_like(top, dtype=torch.int64).index_add_(
+            0, column, parts.nan_to_num(0, 0, 0).to(torch.int64)
+        )
+        return torch.stack([top, (total * 2.0**-40).to(top.dtype)])
+
+    def block(self, x: Tensor, rows: int, cols: int) -> Tensor | TensorDescriptor:
+        """A matrix as the kernels take it: a descriptor of (rows, cols) blocks, or the tensor for its pointer."""
+        return TensorDescriptor.from_tensor(x, [rows, cols]) if self.config.descriptors else x
+
+
+def tile_constants(tile: Tile, descriptors: bool, d: int) -> dict[str, Any]:
+    return {
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLS": tile.cols,
+        "BLOCK_D": tile.d,
+        "GROUP": tile.group,
+        "DESCRIPTORS": descriptors,
+        "WHOLE_D": d % tile.d == 0,
+        "ONE_EXPONENTIAL": tile.one_exponential,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+class Statistics:
+    """Running (max, sum) of some lines, base 2."""
+
+    def __init__(self, top: Tensor, total: Tensor):
+        self.top, self.total = top, total
+
+    @classmethod
+    def of(cls, like: Tensor, lines: int) -> Statistics:
+        return cls(
+            like.new_full((lines,), -math.inf, dtype=torch.float32), like.new_zeros((lines,), dtype=torch.float64)
+        )
+
+    def __getitem__(self, lines: slice) -> Statistics:
+        return Statistics(self.top[lines], self.total[lines])
+
+    def merge(self, parts: Tensor, tiles: int) -> None:
+        """parts: (2, >= tiles * lines): tops and totals of each line in each tile, tile by tile."""
+        lines = len(self.top)
+        run(
+            kernels.merge_partials,
+            cdiv(lines, MERGE_LINES),
+            p_part_top=parts[0],
+            p_part_total=parts[1],
+            p_top=self.top,
+            p_total=self.total,
+            n_lines=lines,
+            n_tiles=tiles,
+            BLOCK_TILES=MERGE_TILES,
+            BLOCK_LINES=MERGE_LINES,
+            num_warps=4,
+        )
+
+    def logsumexp(self) -> Tensor:
+        return self.total.log2().add_(self.top).mul_(LN2)
+
+
+# The kernels read vectors in whole tiles, of any side up to this.
+PAD = 256
+
+# 32 lines are one 128-byte line of a partial; 32 tiles of them keep 8 loads a thread in flight.
+MERGE_TILES, MERGE_LINES = 32, 32
+
+
+def operand(x: Tensor) -> Tensor:
+    """x, or a copy, with D and the row pitch multiples of 16 elements and a base aligned to 16 bytes.
+
+    Descriptors and 16-byte loads need that. An embedding of another layout, or a D that is no multiple of 16, is copied once a
+    pass, O((N + M) D), its D padded with zeros of our own: far cheaper than the 2-byte loads the N M D work would take.
+    """
+    rows, d = x.shape
+    if d % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) >= d and x.data_ptr() % 16 == 0:
+        return x
+    copy = x.new_zeros((rows, round_up(d, 16)))
+    copy[:, :d] = x
+    return copy
+
+
+def compress_ids(lhs_ids: Tensor, rhs_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, N) and (K, M) int32 that are equal exactly where the int64 ids are equal and not negative.
+
+    A tile compares every row with every column: half the registers and half the instructions. The number that stands for an
+    id is its position among all of its channel's ids, sorted.
+    """
+    left, right = lhs_ids.t().contiguous(), rhs_ids.t().contiguous()
+    order = torch.cat([left, right], dim=1).sort(dim=1).values
+
+    def position(ids: Tensor, absent: int) -> Tensor:
+        found = torch.searchsorted(order, ids, out_int32=True).masked_fill_(ids < 0, absent)
+        return padded(found.t(), absent).t().contiguous()
+
+    return position(left, -1), position(right, -2)
+
+
+def normalized(dtype: torch.dtype, *gradients: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """Upstream gradients in float64; for half precision divided by their largest magnitude, which is returned.
+
+    The 1 / N that a mean leaves in G would be lost there: it is applied after the products.
+    """
+    g = [None if v is None else v.to(torch.float64) for v in gradients]
+    known = [v.abs().max() for v in g if v is not None]
+    if dtype == torch.float32 or not known:
+        return g, None
+    norm = torch.stack(known).max()
+    norm = torch.where(norm > 0, norm, 1.0)
+    if dtype == torch.float16:
+        norm = norm / FLOAT16_LIFT
+    return [None if v is None else v / norm for v in g], norm
+
+
+def high_and_low(x: Tensor) -> Tensor:
+    """A float64 number as the sum of two float32."""
+    high = x.to(torch.float32)
+    return torch.stack([high, (x - high).to(torch.float32)])
+
+
+def padded(x: Tensor, value: float) -> Tensor:
+    """A copy with rows of ``value`` added up to a multiple of PAD."""
+    copy = x.new_full((round_up(len(x), PAD), *x.shape[1:]), value)
+    copy[: len(x)] = x
+    return copy
+
+
+def packed(by_row: Line | None, by_col: Line | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(3, N..) and (3, M..) float32: reference, gain, and the factor that the one-exponential form needs; and its middle.
+
+    The factors are exp2(r - middle) of a row and g exp2(middle - c) of a column. A line that is not there is empty.
+    """
+    known = [line.lse2.mean() for line in (by_row, by_col) if line is not None]
+    middle = torch.stack(known).mean() if known else like.new_zeros((), dtype=torch.float64)
+    lines = []
+    for line, sign in ((by_row, 1), (by_col, -1)):
+        if line is None:
+            lines.append(like.new_empty((3, 0), dtype=torch.float32))
+            continue
+        factor = torch.exp2(sign * (line.lse2 - middle))
+        factor = (factor if sign > 0 else line.g * factor).to(torch.float32)
+        values = padded(torch.stack([line.reference, line.gain, factor], dim=1), 0).t().contiguous()
+        values[0, len(factor) :] = -sign * math.inf  # neither the highest row nor the lowest column of its tile
+        lines.append(values)
+    return lines[0], lines[1], middle.to(torch.float32)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """What float32 products are made of: ``torch.get_float32_matmul_precision()`` in Triton's words."""
+    if dtype != torch.float32:
+        return "ieee"  # has no meaning for half precision, whose products are exact
+    on_hip = torch.version.hip is not None
+    return {
+        "highest": "ieee",
+        "high": "bf16x3" if on_hip else "tf32x3",
+        "medium": "bf16x3" if on_hip else "tf32",
+    }[torch.get_float32_matmul_precision()]
+
+
+def workspace_bytes() -> int:
+    return int(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
+
+
+def gradient_chunk(n: int, m: int, tile: Tile, itemsize: int) -> tuple[int, int]:
+    """(rows, columns) of G made at a time: as square as the problem allows.
+
+    A chunk's products read and write (rows + columns) x D accumulators in float32, which is least for a square. The parts of
+    a side are equal up to one tile, so that none is a remnant too small to fill the chip.
+    """
+    budget = workspace_bytes() // itemsize
+    rows = min(n, max(math.isqrt(budget), tile.rows))
+    cols = min(m, max(budget // rows, tile.cols))
+    rows = min(n, max(budget // cols, tile.rows))
+    return equal_parts(n, rows, tile.rows), equal_parts(m, cols, tile.cols)
+
+
+def equal_parts(length: int, largest_part: int, step: int) -> int:
+    """Size of a part, a multiple of ``step`` unless the whole, such that no part is above ``largest_part`` (or one step)."""
+    if length <= largest_part:
+        return length
+    largest_part = max(largest_part // step * step, step)
+    return round_up(-(-length // -(-length // largest_part)), step)
+
+
+def run(kernel: Any, programs: int, **arguments: Any) -> None:
+    kernel[(programs,)](**arguments)
+
+
+def cdiv(length: int, step: int) -> int:
+    return -(-length // step)
+
+
+def round_up(length: int, step: int) -> int:
+    return -(-length // step) * step
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    way = half_precision_product(a.device.type, a.dtype)
+    if way == "addmm":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif way == "mm":
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+@cache
+def half_precision_product(device: str, dtype: torch.dtype) -> str:
+    """The best way this torch has on this device to add a half-precision product to a float32 matrix; versions do not say.
+
+    "addmm" in one call; "mm" by way of a float32 product; "widen": by products of float32, right but slow.
+    """
+    total, x = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    for way in ("addmm", "mm"):
+        try:
+            if way == "addmm":
+                torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+            else:
+                torch.mm(x, x, out_dtype=torch.float32)
+            return way
+        except (RuntimeError, TypeError):  # no such overload, or not on this device, or not with a float32 total
+            continue
+    return "widen"
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> in float64, summed in float32 within a row."""
+    return (a * b).sum(dim=1).sum(dtype=torch.float64)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,159 @@
+"""Both exponential forms are reached, and agree; tiles, chunks and boundaries do not show in results."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from gcl_kernels import testing
+from gcl_kernels.backends.triton import kernels, launch
+
+from .common import DTYPES, NAMES, build, configs, configurations, oracle, run, triton, use
+from .conftest import DEVICE, INTERPRETED
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+ONE = [c for c in configurations() if c.forward.one_exponential]
+
+
+def spread_problem(kind: str) -> testing.Batch:
+    """Logits whose rows and columns lie near each other, or hundreds of powers of two apart in some tile."""
+    g = torch.Generator().manual_seed(1)
+    lhs, rhs = torch.randn(70, 8, generator=g), torch.randn(90, 8, generator=g)
+    if kind == "one row far above":
+        lhs[40], rhs[5] = 12.0, 12.0
+    if kind == "one row far below":
+        lhs[40, 0], rhs[:, 0] = -300.0, 1.0
+    if kind == "one column far below":
+        lhs[:, 0], rhs[40, 0] = 1.0, -300.0
+    if kind == "all scattered":
+        lhs *= torch.linspace(0, 30, 70)[:, None]
+    options = {"labels": torch.randint(-1, 90, (70,), generator=g).to(DEVICE)}
+    scale = torch.tensor(1.0, device=DEVICE)
+    return testing.Batch(*(x.to(DEVICE).requires_grad_() for x in (lhs, rhs, scale)), options)
+
+
+KINDS = ("near", "one row far above", "one row far below", "one column far below", "all scattered")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", ONE[:2], ids=["descriptors", "pointers"])
+def test_both_exponential_forms_agree(kind, config, monkeypatch):
+    batch = spread_problem(kind)
+    use(monkeypatch, config)
+    one = run(triton, batch)
+    forward, backward = (dataclasses.replace(t, one_exponential=False) for t in (config.forward, config.backward))
+    use(monkeypatch, dataclasses.replace(config, forward=forward, backward=backward))
+    two = run(triton, batch)
+    exact = oracle(batch)
+    dense = [run(reference.pairwise_logsumexp, batch)]
+    with torch.no_grad():
+        largest_logit = float((batch.lhs @ batch.rhs.T).abs().max())  # up to 1,000: known to 1e-4, and so is a softmax
+    for actual in (one, two):
+        floor = 1e-6 + torch.finfo(torch.float32).eps * largest_logit
+        testing.assert_as_accurate(actual, dense, exact, NAMES, floor=floor)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts calls, which only the interpreter makes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_exponential_forms_are_reached(kind, monkeypatch):
+    calls = {"logsumexp_parts": 0, "shared_gradient": 0, "gradient_tile": 0}
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.step = name, getattr(kernels, name)
+
+        def __call__(self, *args, **kwargs):
+            calls[self.name] += 1
+            return self.step(*args, **kwargs)
+
+    for name in calls:
+        monkeypatch.setattr(kernels, name, Counted(name))
+    use(monkeypatch, ONE[1])
+    run(triton, spread_problem(kind))
+    assert (calls["logsumexp_parts"] > 0) == (kind != "near")
+    # a row far below the others contributes nothing to any column: the backward need not care
+    assert (calls["gradient_tile"] > 0) == (kind not in ("near", "one row far below"))
+    if kind != "all scattered":
+        assert calls["shared_gradient"] > 0  # only the tiles that need it take the other form
+
+
+@given(problem=testing.problems(), one=configs, other=configs, budget=st.sampled_from((2**13, 2**15, 2**18)))
+@settings(max_examples=8)
+def test_tiles_and_chunks_do_not_show(problem, one, other, budget):
+    results = []
+    for config, limit in ((one, None), (other, budget)):
+        with pytest.MonkeyPatch.context() as patch:
+            use(patch, config, limit)
+            results.append(run(triton, build(problem, torch.float32)))
+    # of two float32 results, each as near to the truth as float32 products are
+    exact = oracle(build(problem, torch.float32))
+    for a, b, o in zip(*results, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * (1 + float(torch.where(o.isinf(), 0, o).abs().max())))
+
+
+@given(problem=testing.problems(), dtype=st.sampled_from(DTYPES), config=configs)
+@settings(max_examples=8)
+def test_nothing_past_the_end_is_used(problem, dtype, config):
+    """NaN around the inputs, and in every buffer that is handed out uninitialised, changes no bit."""
+    clean = build(problem, dtype)
+
+    def surround(x):
+        """x within a larger buffer of NaN, whose layout the kernels read as it is, or copy."""
+        rows, d = x.shape
+        outer = torch.full((rows + 130, -(-d // 16) * 16 + 64), math.nan, dtype=dtype, device=DEVICE)
+        outer[1 : rows + 1, 16 : 16 + d] = x.detach()
+        return outer[1 : rows + 1, 16 : 16 + d].requires_grad_()
+
+    poisoned = dataclasses.replace(clean, lhs=surround(clean.lhs), rhs=surround(clean.rhs))
+    new_empty = torch.Tensor.new_empty
+
+    def new_nan(self, *args, **kwargs):
+        x = new_empty(self, *args, **kwargs)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, config, 2**15)
+        plain = run(triton, clean)
+        patch.setattr(torch.Tensor, "new_empty", new_nan)
+        same = run(triton, poisoned)
+    for a, b in zip(plain, same, strict=True):
+        assert torch.equal(a, b)
+        assert not b.isnan().any()
+
+
+def test_float16_keeps_small_probabilities(monkeypatch):
+    """A softmax of 1,024 equal logits lies among float16's subnormals once it is divided by N, as a mean does."""
+    use(monkeypatch, ONE[-1])
+    n, m = 8, 1024
+    lhs = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)).half().to(DEVICE).requires_grad_()
+    rhs = (0.01 * torch.randn(m, 4, generator=torch.Generator().manual_seed(1))).half().to(DEVICE).requires_grad_()
+    batch = testing.Batch(lhs, rhs, torch.tensor(1.0, device=DEVICE).requires_grad_(), {})
+
+    def mean(function):
+        return lambda *inputs, **options: (function(*inputs, **options).row / 65_536,)
+
+    drhs = run(mean(triton), batch)[2]
+    exact = testing.Batch(*(x.detach().double().requires_grad_() for x in batch.differentiable), {})
+    oracle_drhs = run(mean(reference.pairwise_logsumexp), exact)[2]
+    rounded = testing.relative_error(oracle_drhs.half(), oracle_drhs)  # the output's own dtype is all that may be lost
+    assert testing.relative_error(drhs, oracle_drhs) <= 1.25 * rounded + 1e-3
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_precision_is_followed(precision, monkeypatch):
+    seen = []
+    original = launch.Problem.arguments
+    monkeypatch.setattr(launch.Problem, "arguments", lambda *a: seen.append(original(*a)["PRECISION"]) or original(*a))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        use(monkeypatch, ONE[0])
+        run(triton, build(testing.Problem(17, 17, 16, None, 0, 1, 1.0, "random", False, 0), torch.float32))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[precision]
+    assert set(seen) == {expected if torch.version.hip is None or precision == "highest" else "bf16x3"}
