@@ -43,7 +43,8 @@ def pairwise_logsumexp(
         labels: (N,) or (N, P) integers: column of row i's positive(s), -1 for none. Default ``t_i = i``, needing M >= N.
         lhs_ids, rhs_ids: (N,) or (N, K) and (M,) or (M, K) int64. A pair with equal ids >= 0 in any channel k is a false
             negative and leaves both logsumexps, unless it is labelled.
-        backend: ``"torch"``, ``"triton"`` or None, which takes Triton for CUDA/HIP tensors where it can be imported.
+        backend: ``"torch"``, ``"triton"`` or None, which takes Triton for CUDA/HIP tensors (float64 excepted) where
+            it can be imported.
 
     Returns:
         PairwiseLSE(row (N,), col (M,), positive shaped as labels) in natural-log units. Gradients return in the input dtypes.
@@ -90,7 +91,7 @@ def logsumexp_statistics(
     check_ids(lhs_ids, rhs_ids, lhs, rhs)
     lhs, rhs = autocast_like_matmul(lhs, rhs)
     scale = check_scale(logit_scale, lhs)
-    name = backends.choose(backend, lhs.device)
+    name = backends.choose(backend, lhs.device, lhs.dtype)
     if labels is not None:
         labels = labels.reshape(lhs.shape[0], -1).to(torch.int64)
     if lhs_ids is not None and rhs_ids is not None:

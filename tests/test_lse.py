@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from gcl_kernels import pairwise_logsumexp, testing
+from gcl_kernels import backends, pairwise_logsumexp, testing
 from gcl_kernels.backends import torch_chunked
 
 NAMES = ("row", "col", "positive", "dlhs", "drhs", "dscale")
@@ -378,3 +378,12 @@ def test_compiles_to_one_graph(directions):
     actual = torch.autograd.grad(compiled(x, y, scale), [scale, *encoder.parameters()])
     torch.testing.assert_close(actual, expected)
     torch.compiler.reset()
+
+
+def test_the_default_backend_follows_device_and_dtype(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for has_triton in (False, True):
+        monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
+        assert backends.choose(None, cpu, torch.float32) == "torch"
+        assert backends.choose(None, cuda, torch.bfloat16) == ("triton" if has_triton else "torch")
+        assert backends.choose(None, cuda, torch.float64) == "torch"

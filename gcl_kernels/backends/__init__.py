@@ -50,10 +50,13 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def choose(name: str | None, device: torch.device) -> str:
-    """The backend's name: the one asked for, else Triton on CUDA/HIP devices where it can be imported, else torch."""
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend's name: the one asked for, else Triton on CUDA/HIP devices where it can be imported, else torch.
+
+    float64 goes to torch: the kernels' tiles are float32.
+    """
     if name is None:
-        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
+        return "triton" if device.type == "cuda" and dtype != torch.float64 and HAS_TRITON else "torch"
     if name not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     if name == "triton" and not HAS_TRITON:
