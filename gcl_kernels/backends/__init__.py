@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -37,10 +36,9 @@ ONE_TILE = 1024  # a problem up to this N and M is one tile: whole rows and whol
 
 def _has_triton() -> bool:
     try:
-        found = importlib.util.find_spec("triton") is not None  # finds it without importing it
+        return importlib.util.find_spec("triton") is not None  # finds it without importing it
     except (ImportError, ValueError):
         return False
-    return found and Path(__file__).with_name("triton").is_dir()
 
 
 HAS_TRITON = _has_triton()

@@ -135,9 +135,10 @@ def forward_with_gradient(
     """
     n, m = lhs.shape[0], rhs.shape[0]
     if tile is None:
+        compute = compute_dtype(lhs)
         tile = (
-            n if g_col is not None else lines_at_once(m, lhs.device, lhs.dtype),
-            m if g_row is not None else lines_at_once(n, lhs.device, lhs.dtype),
+            n if g_col is not None else lines_at_once(m, lhs.device, compute),
+            m if g_row is not None else lines_at_once(n, lhs.device, compute),
         )
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
     g, norm = p.normalized(g_row, g_col, g_positive)
@@ -219,9 +220,7 @@ class Problem:
 
     lhs: Tensor  # (N, D) as given
     rhs: Tensor  # (M, D) in the operand dtype
-    scale2: tuple[
-        Tensor, Tensor
-    ]  # logit_scale * log2(e) as high + low part: rounded to one float32 it would bias every logit
+    scale2: tuple[Tensor, Tensor]  # logit_scale * log2(e), high + low part: one float32 would bias every logit
     labels: Tensor | None  # (N, P), -1 for none; None: row i's positive is column i
     lhs_ids: Tensor | None  # (N, K); negative ids replaced so that they equal nothing
     rhs_ids: Tensor | None  # (M, K)
@@ -232,7 +231,7 @@ class Problem:
 
     @classmethod
     def of(cls, lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile) -> Problem:
-        compute = torch.float64 if lhs.dtype == torch.float64 else torch.float32
+        compute = compute_dtype(lhs)
         # Half-precision products only where the device has them at full rate with float32 results; widened elsewhere,
         # which is exact (and on most CPUs faster).
         operand = lhs.dtype if lhs.device.type == "cuda" else compute
@@ -509,6 +508,11 @@ def slices(length: int, step: int) -> Iterator[slice]:
 
 def default_tile(n: int, m: int, device: torch.device, compute: torch.dtype) -> tuple[int, int]:
     return (CPU_TILE, CPU_TILE) if device.type == "cpu" else (lines_at_once(m, device, compute), m)
+
+
+def compute_dtype(lhs: Tensor) -> torch.dtype:
+    """Of tiles and accumulators."""
+    return torch.float64 if lhs.dtype == torch.float64 else torch.float32
 
 
 def lines_at_once(length: int, device: torch.device, compute: torch.dtype) -> int:
