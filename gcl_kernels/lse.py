@@ -98,7 +98,8 @@ def logsumexp_statistics(
         lhs_ids, rhs_ids = lhs_ids.reshape(lhs.shape[0], -1), rhs_ids.reshape(rhs.shape[0], -1)
     need = [torch.is_grad_enabled() and x.requires_grad for x in (lhs, rhs, scale)]
     g_row = g_col = g_positive = None
-    one_pass = backends.gradient_in_one_pass(name, lhs.shape[0], rhs.shape[0], both=want_row and want_col)
+    n, m = lhs.shape[0], rhs.shape[0]
+    one_pass = backends.gradient_in_one_pass(name, n, m, want_row and want_col, lhs.device)
     if promise is not None and any(need) and one_pass:
         g_row, g_col, g_positive = (None if g is None else g.detach() for g in promise)
     return _forward(

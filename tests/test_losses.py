@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import reference
-from gcl_kernels import ClipLoss, GCLLoss, backends, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels import ClipLoss, GCLLoss, gcl_loss, pairwise_logsumexp, testing
 from gcl_kernels.backends import torch_chunked
 from gcl_kernels.training.openclip import import_open_clip
 from tests.test_lse import DENSE_FORMS, LargestTensor, Products, accuracy_floor, as_given
@@ -24,15 +24,25 @@ def draw_weights(kind, shape, problem):
     return {"uniform": w, "zeros": torch.zeros_like(w), "huge": 1e6 * w, "one": torch.ones_like(w)}[kind]
 
 
+def keep_tiles(patch, count):
+    """Let the loss keep the exponentials of ``count`` tiles between its passes; None: make its gradients in the backward."""
+    patch.setenv("GCL_KERNELS_WORKSPACE_MIB", "0" if count is None else "256")
+    patch.setattr(torch_chunked.Problem, "tiles_to_keep", lambda self: count)
+
+
 @given(
-    problem=testing.problems(), options=testing.loss_options(), kind=weights_like, tile=st.sampled_from((16, 64, 1024))
+    problem=testing.problems(),
+    options=testing.loss_options(),
+    kind=weights_like,
+    tile=st.sampled_from((16, 64, 1024)),
+    tiles_kept=st.sampled_from((None, 1, 1000)),
 )
-def test_float64_loss_and_gradients_equal_the_reference(problem, options, kind, tile):
+def test_float64_loss_and_gradients_equal_the_reference(problem, options, kind, tile, tiles_kept):
     batch = problem.build(torch.float64)
     shape = batch.options["labels"].shape if "labels" in batch.options else (problem.n,)
     options = {**options, **batch.options, "weights": draw_weights(kind, shape, problem)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "ONE_TILE", 0 if tile < 1024 else 1024)
+        keep_tiles(patch, tiles_kept)
         patch.setattr(torch_chunked, "default_tile", lambda *_: (tile, tile))
         patch.setattr(torch_chunked, "lines_at_once", lambda *_: tile)
         patch.setenv("GCL_KERNELS_DEBUG", "1")  # checks what one direction promises
@@ -79,10 +89,10 @@ def test_a_well_trained_row_keeps_its_loss():
     testing.assert_as_accurate([actual], [[dense]], [oracle])
 
 
-@pytest.mark.parametrize("one_tile", [False, True])
-def test_a_saturated_batch_has_no_noise_of_rounding(one_tile, monkeypatch):
+@pytest.mark.parametrize("tiles_kept", [None, 5, 1000])
+def test_a_saturated_batch_has_no_noise_of_rounding(tiles_kept, monkeypatch):
     """Losses of 1e-9, far below float32's resolution of a logsumexp or of p, and their gradients, to three digits."""
-    monkeypatch.setattr(backends, "ONE_TILE", 1024 * one_tile)
+    keep_tiles(monkeypatch, tiles_kept)
     monkeypatch.setattr(torch_chunked, "default_tile", lambda *_: (16, 16))
     x = F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
     exact = [x.double().clone().requires_grad_() for _ in range(2)]
@@ -115,9 +125,9 @@ def test_losses_are_not_negative(problem, kind):
     ],
 )
 def test_one_direction_pays_for_one(directions, options, units, monkeypatch):
-    """6 N M D where the gradient is known beforehand, 8 otherwise; both directions cost 8 in more than one tile."""
+    """6 N M D where the gradient is known beforehand, 8 otherwise; both directions cost 8 where no tile is kept."""
     n, m, d = 96, 160, 32
-    monkeypatch.setattr(backends, "ONE_TILE", 0)
+    keep_tiles(monkeypatch, None)
     monkeypatch.setattr(torch_chunked, "default_tile", lambda *_: (64, 64))
     monkeypatch.setattr(torch_chunked, "lines_at_once", lambda *_: 32)
     units = 8 if directions == "both" else units

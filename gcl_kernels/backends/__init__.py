@@ -25,13 +25,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
 
 NAMES = ("torch", "triton")
 WITH_GRADIENT = ("torch",)  # backends that have forward_with_gradient
-ONE_TILE = 1024  # a problem up to this N and M is one tile: whole rows and whole columns at once
+DEFAULT_WORKSPACE_MIB = 256
+
+# On a CPU a 1024 x 1024 float32 tile (4 MiB) and its operands stay in the last-level cache while matrix products of that size
+# still run at the machine's full rate. Accelerators want few launches: chunks as large as the workspace budget allows.
+CPU_TILE = 1024
 
 
 def _has_triton() -> bool:
@@ -62,9 +67,17 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def gradient_in_one_pass(name: str, n: int, m: int, both: bool) -> bool:
-    """Whether gradients promised beforehand are formed beside the forward: one direction always, both in one tile."""
-    return name in WITH_GRADIENT and (not both or max(n, m) <= ONE_TILE)
+def workspace_bytes() -> int:
+    """The budget for tiles in memory, ``GCL_KERNELS_WORKSPACE_MIB``; it is not for what is O((N + M) D)."""
+    return int(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
+
+
+def gradient_in_one_pass(name: str, n: int, m: int, both: bool, device: torch.device) -> bool:
+    """Whether gradients promised beforehand are formed beside the forward: one direction always, both on a CPU where the budget
+    holds enough of the N x M plane, an eighth, to save more than a few percent."""
+    if name not in WITH_GRADIENT:
+        return False
+    return not both or (device.type == "cpu" and 4 * n * m <= 8 * workspace_bytes())
 
 
 def load(name: str) -> ModuleType:

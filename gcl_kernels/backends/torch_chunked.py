@@ -3,25 +3,28 @@
 A tile is the logits of (rows of a chunk) x (columns of a block), in base 2: ``s2 = s * log2(e)``, the factor folded into
 lhs, because exp2 is the faster exponential. One tile is alive at a time, and a second one of its size for factors.
 
-Both passes need the softmax of a tile by rows and by columns, and take both from ONE exponential a logit: with a
-reference r_i per row, ``exp(s_ij - c_j) = exp(s_ij - r_i) * exp(r_i - c_j)``, whose last factor is a product of two vectors.
-That is exact unless r and c lie so far apart that a factor under- or overflows; a tile where they do (extreme scales,
-lines with nothing visible, non-finite inputs) takes the two-exponential form. Finding out reads a number on the host, so
-every device but the CPU takes the two-exponential form always and never synchronises.
+Both passes need the softmax of a tile by rows and by columns, and take both from ONE exponential a logit,
+``e_ij = exp2(s2_ij - r_i)`` with a reference r_i per row: sums over j give rows, sums over i weighted by exp2(r_i) give columns,
+and ``G_ij = e_ij * (a_i + u_i v_j)``. That is exact unless the references of some lines lie so far apart that a factor under-
+or overflows; a tile where they do (extreme scales, lines with nothing visible, non-finite inputs) takes the two-exponential
+form. Finding out reads a number on the host, so every device but the CPU takes the two-exponential form always and never
+synchronises.
+
+Positives are kept out of the tiles' sums and join their lines in float64: beside a well-trained row's positive, 1, float32
+would round its negatives away, and they are its loss.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ONE_TILE, statistics_dtype
+from . import CPU_TILE, statistics_dtype, workspace_bytes
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -29,11 +32,9 @@ LN2 = math.log(2.0)
 # The widest spread, in powers of two, over which one exponential serves rows and columns. float32 reaches down to 2^-126:
 # what a factor of 2^-100 flushes to zero is below 2^-26 of the line's sum, less than the sum's own rounding.
 SAFE_SPREAD = 100.0
-
-# On a CPU a 1024 x 1024 float32 tile (4 MiB) and its operands stay in the last-level cache while matrix products of that size
-# still run at the machine's full rate. Accelerators want few launches: chunks as large as the workspace budget allows.
-CPU_TILE = ONE_TILE
-DEFAULT_WORKSPACE_MIB = 256
+# A row's reference is the maximum of its first tile. A later tile may exceed it, but not by so much that e times a column's
+# factor, which may be flushed below 2^-126, is anything but nothing: 2^(60 - 126).
+SAFE_EXCESS = 60.0
 
 
 def forward(
@@ -49,35 +50,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends``. ``tile`` = (rows of a chunk, columns of a block), for tests and benchmarks."""
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
-    row = lhs.new_full((p.n,), -math.inf, dtype=p.statistics)
-    col = lhs.new_full((p.m,), -math.inf, dtype=p.statistics)
-    positive = lhs.new_zeros((p.n, 1) if labels is None else labels.shape, dtype=p.compute)
-    for rows in p.chunks():
-        x = p.scaled_lhs(rows)
-        for cols in p.blocks():
-            s2 = p.logits(x, rows, cols)
-            has_positives = p.read_positives(s2, rows, cols, positive)
-            if want_row and want_col:
-                # One exponential leaves 1e-7 of rounding in a column's logsumexp. Where a trained pair IS the sum that would
-                # drown its loss: the few tiles that hold positives take each line's own maximum.
-                one = p.on_cpu and not has_positives
-                row_part, col_part = one_exponential_logsumexp2(s2) if one else (None, None)
-                if row_part is None:
-                    s2 = p.logits(x, rows, cols) if one else s2  # the attempt overwrote it
-                    row_part = logsumexp2_(p, p.buffer(1, rows, cols).copy_(s2), rows, cols, 1)
-                    col_part = logsumexp2_(p, s2, rows, cols, 0)
-            else:
-                row_part = logsumexp2_(p, s2, rows, cols, 1) if want_row else None
-                col_part = logsumexp2_(p, s2, rows, cols, 0) if want_col else None
-            if row_part is not None:
-                row[rows] = torch.logaddexp2(row[rows], row_part)
-            if col_part is not None:
-                col[cols] = torch.logaddexp2(col[cols], col_part)
-    return (
-        row.mul_(LN2) if want_row else row.new_empty(0),
-        col.mul_(LN2) if want_col else col.new_empty(0),
-        positive.to(row.dtype, copy=True).mul_(LN2),
-    )
+    row2, col2, positive2, _ = statistics_pass(p, want_row, want_col, keep=0)
+    return row2.mul_(LN2), col2.mul_(LN2), positive2.mul_(LN2)
 
 
 def backward(
@@ -100,17 +74,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends``: G is formed tile by tile and multiplied by rhs and by lhs."""
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
-    g, norm = p.normalized(g_row, g_col, g_positive)
-    softmaxes = Softmaxes.of(p, row, col, *g[:2])
-    entry = positive_entries(labels, row, col, positive, *g).to(p.compute)
-    gradients = Gradients.of(p, need_lhs, need_rhs, need_scale)
-    for rows in p.chunks():
-        x = p.scaled_lhs(rows)
-        for cols in p.blocks():
-            gradient = softmaxes.gradient_tile(p, x, rows, cols)
-            p.write_positives(gradient, rows, cols, entry)
-            gradients.add(gradient, rows, cols)
-    return gradients.finish(logit_scale, norm)
+    upstream = g_row, g_col, g_positive
+    return gradient_pass(p, row, col, positive, upstream, (need_lhs, need_rhs, need_scale), logit_scale, None)
 
 
 def forward_with_gradient(
@@ -128,48 +93,160 @@ def forward_with_gradient(
     need_scale: bool,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Forward and gradients in 6 N M D instead of 8, where the upstream gradients are known beforehand.
+    """Forward and gradients where the upstream gradients are known beforehand: 6 N M D instead of 8 where no logit is made twice.
 
-    A tile holds whole lines (rows for g_row, columns for g_col, everything for both), so that their logsumexp is known
-    before the tile is left and its logits need not be made again.
+    One direction: a tile holds whole lines, so that their logsumexp is known before the tile is left. Both: the exponentials
+    of as many tiles as the workspace budget holds wait for the second pass; the others are made again.
     """
-    n, m = lhs.shape[0], rhs.shape[0]
+    need = need_lhs, need_rhs, need_scale
+    if g_row is not None and g_col is not None:
+        p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
+        row2, col2, positive2, kept = statistics_pass(p, True, True, keep=p.tiles_to_keep())
+        row, col, positive = row2.mul_(LN2), col2.mul_(LN2), positive2.mul_(LN2)
+        gradients = gradient_pass(p, row, col, positive, (g_row, g_col, g_positive), need, logit_scale, kept)
+        return row, col, positive, *gradients
     if tile is None:
-        compute = compute_dtype(lhs)
-        tile = (
-            n if g_col is not None else lines_at_once(m, lhs.device, compute),
-            m if g_row is not None else lines_at_once(n, lhs.device, compute),
-        )
+        n, m, compute = lhs.shape[0], rhs.shape[0], compute_dtype(lhs)
+        by_row = g_row is not None
+        tile = (lines_at_once(m, lhs.device, compute), m) if by_row else (n, lines_at_once(n, lhs.device, compute))
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
     g, norm = p.normalized(g_row, g_col, g_positive)
-    row, col = (
-        lhs.new_full((0 if v is None else k,), -math.inf, dtype=p.statistics) for v, k in ((g_row, n), (g_col, m))
-    )
-    positive = lhs.new_zeros(g_positive.shape, dtype=p.compute)
-    gradients = Gradients.of(p, need_lhs, need_rhs, need_scale)
+    dim, line, g_line = (1, p.empty_lines(p.n), g[0]) if g[0] is not None else (0, p.empty_lines(p.m), g[1])
+    assert g_line is not None
+    positive = p.new_positive()
+    gradients = Gradients.of(p, *need)
     for rows in p.chunks():
         x = p.scaled_lhs(rows)
         for cols in p.blocks():
-            s2 = p.logits(x, rows, cols)
-            p.read_positives(s2, rows, cols, positive)
-            by_row = s2
-            if g[0] is not None:
-                by_row = s2 if g[1] is None else p.buffer(1, rows, cols).copy_(s2)
-                row[rows] = softmax_(p, by_row, rows, cols, 1, g[0][rows])
-            if g[1] is not None:
-                col[cols] = softmax_(p, s2, rows, cols, 0, g[1][cols])
-            gradient = s2 if by_row is s2 else s2.add_(by_row)
-            entry = positive_entries(labels, row, col, positive.to(p.statistics) * LN2, *g)
-            p.write_positives(gradient, rows, cols, entry.to(p.compute))
-            gradients.add(gradient, rows, cols)
+            s2 = p.negatives(x, rows, cols, positive)
+            lines = rows if dim == 1 else cols
+            line[lines] = softmax_(s2, dim, p.positives_of(positive, dim, lines), g_line[lines])
+            row, col = (line, None) if dim == 1 else (None, line)
+            entry = positive_entries(labels, row, col, positive.to(p.statistics) * LN2, *g).to(p.compute)
+            p.write_positives(s2, rows, cols, entry)
+            gradients.add(s2, rows, cols)
+    row, col = (line, line.new_empty(0)) if dim == 1 else (line.new_empty(0), line)
     return row, col, positive.to(p.statistics, copy=True).mul_(LN2), *gradients.finish(logit_scale, norm)
 
 
-def softmax_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int, g: Tensor) -> Tensor:
-    """Turns whole lines of logits into g * softmax in place (positives left 0); returns their logsumexp."""
-    top, total = exponentials_(p, s2, rows, cols, dim)
-    s2.mul_((g / total.masked_fill(total == 0, 1.0)).to(p.compute).unsqueeze(dim))
-    return (top + total.log2()) * LN2
+@dataclass
+class Kept:
+    """What a statistics pass leaves for the gradients: e = exp2(s2 - reference) of some tiles, 0 at positives."""
+
+    reference: Tensor  # (N,)
+    tiles: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by first row and column
+
+
+def statistics_pass(p: Problem, want_row: bool, want_col: bool, keep: int) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    """(row, col, positive) in base 2 and the statistics' dtype, and the exponentials of the first ``keep`` tiles."""
+    row, col = p.empty_lines(p.n if want_row else 0), p.empty_lines(p.m if want_col else 0)
+    positive = p.new_positive()
+    kept = Kept(p.lhs.new_zeros(p.n, dtype=p.compute))
+    for rows in p.chunks():
+        x = p.scaled_lhs(rows)
+        reference = None
+        for cols in p.blocks():
+            held = None
+            if len(kept.tiles) < keep:
+                held = p.lhs.new_empty((rows.stop - rows.start, cols.stop - cols.start), dtype=p.compute)
+            s2 = p.negatives(x, rows, cols, positive, held)
+            if want_row and want_col and p.on_cpu:
+                if reference is None:
+                    top = s2.amax(dim=1)
+                    reference = kept.reference[rows] = top.masked_fill_(top == -math.inf, 0.0)
+                parts = shared_logsumexp2_(s2, reference)
+                if parts is not None:
+                    add_logsumexp2(row, rows, parts[0], first=cols.start == 0)
+                    add_logsumexp2(col, cols, parts[1], first=rows.start == 0)
+                    if held is not None:
+                        kept.tiles[rows.start, cols.start] = held
+                    continue
+                s2 = p.negatives(x, rows, cols, positive)  # the attempt overwrote it
+            if want_row:
+                tile = p.buffer(1, rows, cols).copy_(s2) if want_col else s2
+                add_logsumexp2(row, rows, logsumexp2_(tile, 1), first=cols.start == 0)
+            if want_col:
+                add_logsumexp2(col, cols, logsumexp2_(s2, 0), first=rows.start == 0)
+    if want_row:
+        row = torch.logaddexp2(row, p.positives_of(positive, 1, slice(0, p.n)))
+    if want_col:
+        col = torch.logaddexp2(col, p.positives_of(positive, 0, slice(0, p.m)))
+    return row, col, positive.to(p.statistics, copy=True), kept
+
+
+def gradient_pass(
+    p: Problem,
+    row: Tensor,
+    col: Tensor,
+    positive: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
+    need: tuple[bool, bool, bool],
+    logit_scale: Tensor,
+    kept: Kept | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, norm = p.normalized(*upstream)
+    softmaxes = Softmaxes.of(p, row, col, g[0], g[1])
+    # A tile that was not kept may exceed the kept ones' references: it is read against its rows' logsumexp, as ever.
+    shared = None if kept is None else Shared.of(kept.reference, softmaxes.row, softmaxes.col)
+    entry = positive_entries(p.labels, row, col, positive, *g).to(p.compute)
+    gradients = Gradients.of(p, *need)
+    for rows in p.chunks():
+        x = None
+        for cols in p.blocks():
+            e = None if kept is None else kept.tiles.pop((rows.start, cols.start), None)
+            if e is not None and shared is not None:
+                gradient = shared.gradient_tile_(p, e, rows, cols)
+            else:
+                x = p.scaled_lhs(rows) if x is None else x
+                gradient = softmaxes.gradient_tile(p, p.logits(x, rows, cols), rows, cols)
+            p.write_positives(gradient, rows, cols, entry)
+            gradients.add(gradient, rows, cols)
+    return gradients.finish(logit_scale, norm)
+
+
+def shared_logsumexp2_(s2: Tensor, reference: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Base-2 logsumexp of a tile by rows and by columns from one exponential a logit; s2 becomes exp2(s2 - reference_i).
+
+    None where that would be inexact.
+    """
+    kind = statistics_dtype(s2.device)
+    highest = reference.max()
+    e = s2.sub_(reference[:, None]).exp2_()
+    # a matrix-vector product sums faster than a reduction
+    row_sum = torch.mv(e, e.new_ones(e.shape[1]))
+    col_sum = torch.mv(e.t(), torch.exp2(reference - highest))
+    low, high = row_sum.aminmax()
+    exact = min(float(low), float(col_sum.min())) >= 2.0**-SAFE_SPREAD and float(high) <= 2.0**SAFE_EXCESS
+    if not exact:  # so written for NaN
+        return None
+    return row_sum.to(kind).log2_().add_(reference), col_sum.to(kind).log2_().add_(highest)
+
+
+def add_logsumexp2(total: Tensor, lines: slice, part: Tensor, first: bool) -> None:
+    total[lines] = part if first else torch.logaddexp2(total[lines], part)
+
+
+def logsumexp2_(s2: Tensor, dim: int) -> Tensor:
+    """Base-2 logsumexp along one dimension; overwrites the tile. -inf where all are; infinities and NaN pass through."""
+    top, total = exponentials_(s2, dim)
+    return top + total.log2()
+
+
+def softmax_(s2: Tensor, dim: int, positives: Tensor, g: Tensor) -> Tensor:
+    """Turns whole lines of negatives' logits into g * softmax in place; returns their logsumexp (natural), positives included."""
+    top, total = exponentials_(s2, dim)
+    lse2 = torch.logaddexp2(top + total.log2(), positives)
+    gain = g * torch.exp2(top - lse2.masked_fill(lse2 == -math.inf, 0.0))
+    s2.mul_(gain.to(s2.dtype).unsqueeze(dim))
+    return lse2 * LN2
+
+
+def exponentials_(s2: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Turns logits into exp2(s2 - top) in place; (top, total) along ``dim``, top 0 where every logit is -inf."""
+    top = s2.amax(dim=dim, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    total = s2.sub_(top).exp2_().sum(dim=dim)
+    return top.squeeze(dim), total.to(statistics_dtype(s2.device))
 
 
 @dataclass
@@ -274,6 +351,11 @@ class Problem:
         norm = torch.where(norm > 0, norm, 1.0)
         return [None if v is None else v / norm for v in g], norm
 
+    def tiles_to_keep(self) -> int:
+        """How many tiles fit the workspace budget beside the two in use."""
+        size = self.tile[0] * self.tile[1] * self.compute.itemsize
+        return max(workspace_bytes() // size - 2, 1) if self.on_cpu else 0
+
     def chunks(self) -> Iterator[slice]:
         return slices(self.n, self.tile[0])
 
@@ -289,45 +371,71 @@ class Problem:
         x = self.lhs[rows].to(self.operand)
         return torch.addcmul(x * self.scale2[0], x, self.scale2[1]) if self.operand == self.compute else x
 
-    def logits(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
-        """(R, C) base-2 logits of a chunk's scaled lhs, hidden pairs -inf; in the first buffer."""
-        s2 = self.buffer(0, rows, cols)
-        y = self.rhs[cols].t()
-        if self.operand == self.compute:
-            torch.mm(x, y, out=s2)
-        else:
-            s2.copy_(torch.mm(x, y, out_dtype=self.compute)).mul_(self.scale2[0])
-        if self.lhs_ids is not None and self.rhs_ids is not None:
-            hidden = (self.lhs_ids[rows, None, 0] == self.rhs_ids[None, cols, 0]).contiguous()
-            for k in range(1, self.lhs_ids.shape[1]):
-                hidden |= self.lhs_ids[rows, None, k] == self.rhs_ids[None, cols, k]
-            self.write_positives(hidden, rows, cols, None)
-            s2.masked_fill_(hidden, -math.inf)
+    def logits(self, x: Tensor, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
+        """(R, C) base-2 logits of a chunk's scaled lhs, hidden pairs -inf (labelled ones too: callers give positives a value);
+        in ``out``, else in the first buffer."""
+        s2 = self.product(x, rows, cols, out)
+        self.hide_false_negatives_(s2, rows, cols)
         return s2
 
-    def read_positives(self, s2: Tensor, rows: slice, cols: slice, positive: Tensor) -> bool:
-        """positive[i, p] = s2[i, t_ip] for the labels inside this tile; False where the host knows that there are none."""
+    def negatives(self, x: Tensor, rows: slice, cols: slice, positive: Tensor, out: Tensor | None = None) -> Tensor:
+        """``logits`` with -inf at positives, whose logits go to ``positive``."""
+        s2 = self.product(x, rows, cols, out)
+        self.read_positives(s2, rows, cols, positive)
+        self.hide_false_negatives_(s2, rows, cols)
+        self.write_positives(s2, rows, cols, None)
+        return s2
+
+    def product(self, x: Tensor, rows: slice, cols: slice, out: Tensor | None) -> Tensor:
+        s2 = self.buffer(0, rows, cols) if out is None else out
+        y = self.rhs[cols].t()
+        if self.operand == self.compute:
+            return torch.mm(x, y, out=s2)
+        return s2.copy_(torch.mm(x, y, out_dtype=self.compute)).mul_(self.scale2[0])
+
+    def hide_false_negatives_(self, s2: Tensor, rows: slice, cols: slice) -> None:
+        if self.lhs_ids is None or self.rhs_ids is None:
+            return
+        hidden = self.lhs_ids[rows, None, 0] == self.rhs_ids[None, cols, 0]
+        for k in range(1, self.lhs_ids.shape[1]):
+            hidden |= self.lhs_ids[rows, None, k] == self.rhs_ids[None, cols, k]
+        s2.masked_fill_(hidden, -math.inf)
+
+    def new_positive(self) -> Tensor:
+        return self.lhs.new_zeros((self.n, 1) if self.labels is None else self.labels.shape, dtype=self.compute)
+
+    def empty_lines(self, length: int) -> Tensor:
+        return self.lhs.new_full((length,), -math.inf, dtype=self.statistics)
+
+    def positives_of(self, positive: Tensor, dim: int, lines: slice) -> Tensor:
+        """Base-2 logsumexp of the positives in each of these rows (dim 1) or columns (dim 0)."""
+        if dim == 1:
+            labels = None if self.labels is None else self.labels[lines]
+            return positives_by_row(labels, positive[lines].to(self.statistics))
+        return positives_by_column(self.labels, positive.to(self.statistics), self.m)[lines]
+
+    def read_positives(self, s2: Tensor, rows: slice, cols: slice, positive: Tensor) -> None:
+        """positive[i, p] = s2[i, t_ip] for the labels inside this tile."""
         if self.labels is None:
             span, diagonal = self.diagonal_of(s2, rows, cols)
             if diagonal is not None:
                 positive[span, 0] = diagonal
-            return diagonal is not None
+            return
         inside, index = self.labels_in(rows, cols)
         if inside is not None:
             positive[rows] = torch.where(inside, s2.gather(1, index), positive[rows])
-        return inside is not None
 
     def write_positives(self, target: Tensor, rows: slice, cols: slice, entry: Tensor | None) -> None:
-        """target[i, t_ip] = entry[i, p] (0 for None) for the labels inside this tile, without a host sync."""
+        """target[i, t_ip] = entry[i, p] (-inf for None) for the labels inside this tile, without a host sync."""
         if self.labels is None:
             span, diagonal = self.diagonal_of(target, rows, cols)
             if diagonal is not None:
-                diagonal.copy_(entry[span, 0]) if entry is not None else diagonal.zero_()
+                diagonal.fill_(-math.inf) if entry is None else diagonal.copy_(entry[span, 0])
             return
         inside, index = self.labels_in(rows, cols)
         if inside is None:
             return
-        values = torch.zeros_like(index, dtype=target.dtype) if entry is None else entry[rows]
+        values = torch.full_like(index, -math.inf, dtype=target.dtype) if entry is None else entry[rows]
         # A label outside the tile must still write somewhere: it repeats its row's first label inside, or, where there is
         # none, rewrites what it finds.
         first = inside.int().argmax(dim=1, keepdim=True)
@@ -335,28 +443,6 @@ class Problem:
         values = torch.where(inside, values, values.gather(1, first))
         values = torch.where(inside.any(dim=1, keepdim=True), values, target.gather(1, index))
         target.scatter_(1, index, values)
-
-    def lift_positives(self, e: Tensor, rows: slice, cols: slice, dim: int) -> Tensor | float:
-        """Sum of the tile's positives along ``dim`` in the statistics' dtype; they become 0 in the tile."""
-        if self.labels is None:
-            span, diagonal = self.diagonal_of(e, rows, cols)
-            if diagonal is None:
-                return 0.0
-            total = e.new_zeros(e.shape[1 - dim], dtype=self.statistics)
-            start = span.start - (rows if dim == 1 else cols).start
-            total[start : start + len(diagonal)] = diagonal
-            diagonal.zero_()
-            return total
-        inside, index = self.labels_in(rows, cols)
-        if inside is None:
-            return 0.0
-        for q in range(1, index.shape[1]):  # a column labelled twice in a row counts once
-            inside[:, q] &= ~(self.labels[rows, :q] == self.labels[rows, q : q + 1]).any(dim=1)
-        values = torch.where(inside, e.gather(1, index), 0.0).to(self.statistics)
-        self.write_positives(e, rows, cols, None)
-        if dim == 1:
-            return values.sum(dim=1)
-        return values.new_zeros(e.shape[1]).index_put((index,), values, accumulate=True)
 
     def diagonal_of(self, tile: Tensor, rows: slice, cols: slice) -> tuple[slice, Tensor | None]:
         """The rows i whose column i lies in this tile, and a view of those entries; None where there is none."""
@@ -397,35 +483,59 @@ class Line(NamedTuple):
 
 
 @dataclass
+class Shared:
+    """Both directions' softmaxes from one exponential, e_ij = exp2(s2_ij - reference_i):
+
+    g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j) = e_ij * (gain_i + left_i right_j).
+    """
+
+    reference: Tensor  # (N,)
+    gain: Tensor  # (N,) g_row_i exp2(reference_i - row2_i)
+    left: Tensor  # (N,) exp2(reference_i - middle)
+    right: Tensor  # (M,) g_col_j exp2(middle - col2_j)
+
+    @classmethod
+    def of(cls, reference: Tensor, row: Line | None, col: Line | None) -> Shared | None:
+        """None where one direction has no gradient, or where a factor would leave float32's range."""
+        if row is None or col is None:
+            return None
+        kind = row.lse2.dtype
+        high, low = float(reference.max()), float(col.reference.min())
+        if not high - low <= SAFE_SPREAD:  # so written for NaN
+            return None
+        middle = (high + low) / 2
+        exact = reference.to(kind)  # float32 would round the exponents
+        return cls(
+            reference,
+            (row.g * torch.exp2(exact - row.lse2)).to(reference),
+            torch.exp2(exact - middle).to(reference),
+            (col.g * torch.exp2(middle - col.lse2)).to(reference),
+        )
+
+    def gradient_tile_(self, p: Problem, e: Tensor, rows: slice, cols: slice) -> Tensor:
+        factor = torch.mul(self.left[rows, None], self.right[cols], out=p.buffer(1, rows, cols))
+        return e.mul_(factor.add_(self.gain[rows, None]))
+
+
+@dataclass
 class Softmaxes:
     """Both directions' softmaxes, those of them that have a gradient, ready to be read by tile."""
 
     row: Line | None
     col: Line | None
-    left: Tensor | None  # (N, 2) and (2, M): g_row_i exp(s - row_i) + g_col_j exp(s - col_j)
-    right: Tensor | None  # = exp2(s2 - row.reference_i) * (left right)_ij; None where that would be inexact
+    shared: Shared | None
 
     @classmethod
     def of(cls, p: Problem, row: Tensor, col: Tensor, g_row: Tensor | None, g_col: Tensor | None) -> Softmaxes:
         r = None if g_row is None else Line.of(row, g_row, p.compute)
         c = None if g_col is None else Line.of(col, g_col, p.compute)
-        left = right = None
-        if r is not None and c is not None and p.on_cpu:
-            high, low = float(r.reference.max()), float(c.reference.min())
-            if high - low <= SAFE_SPREAD:  # False for NaN
-                middle = (high + low) / 2
-                u = torch.exp2(r.reference.to(p.statistics) - middle)  # in float64: float32 would round the exponents
-                v = c.g * torch.exp2(middle - c.lse2)
-                left = torch.stack([r.gain, u.to(p.compute)], dim=1)
-                right = torch.stack([torch.ones_like(c.gain), v.to(p.compute)])
-        return cls(r, c, left, right)
+        # a row's logsumexp bounds its logits: no exponential above 1
+        return cls(r, c, Shared.of(r.reference, r, c) if r is not None and p.on_cpu else None)
 
-    def gradient_tile(self, p: Problem, x: Tensor, rows: slice, cols: slice) -> Tensor:
-        """G without its positives: g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j)."""
-        s2 = p.logits(x, rows, cols)
-        if self.left is not None and self.right is not None and self.row is not None:
-            factor = torch.mm(self.left[rows], self.right[:, cols], out=p.buffer(1, rows, cols))
-            return s2.sub_(self.row.reference[rows, None]).exp2_().mul_(factor)
+    def gradient_tile(self, p: Problem, s2: Tensor, rows: slice, cols: slice) -> Tensor:
+        """G without its positives, in the place of the logits: g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j)."""
+        if self.shared is not None:
+            return self.shared.gradient_tile_(p, s2.sub_(self.shared.reference[rows, None]).exp2_(), rows, cols)
         by_row = None
         if self.row is not None:
             target = s2 if self.col is None else p.buffer(1, rows, cols)
@@ -461,36 +571,41 @@ def positive_entries(
     return entry
 
 
-def one_exponential_logsumexp2(s2: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Base-2 logsumexp of a tile by rows and by columns; overwrites the tile. (None, None) where it would be inexact."""
-    kind = statistics_dtype(s2.device)
-    top = s2.amax(dim=1)
-    highest = top.max()
-    e = s2.sub_(top[:, None]).exp2_()
-    row_sum = torch.mv(e, e.new_ones(e.shape[1]))
-    col_sum = torch.mv(e.t(), torch.exp2(top.to(kind) - highest).to(e))
-    if not (float(row_sum.min()) >= 0.5 and float(col_sum.min()) >= 2.0**-SAFE_SPREAD):  # so written for NaN
-        return None, None
-    return top + row_sum.to(kind).log2(), highest + col_sum.to(kind).log2()
+def distinct_positives(labels: Tensor | None, positive: Tensor) -> Tensor:
+    """positive (N, P) with -inf for label -1, and for a column its row labels twice, all but once."""
+    if labels is None:
+        return positive
+    out = labels < 0
+    for q in range(1, labels.shape[1]):
+        out[:, q] |= (labels[:, :q] == labels[:, q : q + 1]).any(dim=1)
+    return positive.masked_fill(out, -math.inf)
 
 
-def logsumexp2_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int) -> Tensor:
-    """Base-2 logsumexp along one dimension; overwrites the tile. -inf where all are; infinities and NaN pass through."""
-    top, total = exponentials_(p, s2, rows, cols, dim)
+def positives_by_row(labels: Tensor | None, positive: Tensor) -> Tensor:
+    """(N,) base-2 logsumexp of each row's positives (N, P); -inf where there is none."""
+    visible = distinct_positives(labels, positive)
+    return visible[:, 0] if visible.shape[1] == 1 else logsumexp2_(visible.clone(), 1)
+
+
+def positives_by_column(labels: Tensor | None, positive: Tensor, m: int) -> Tensor:
+    """(M,) base-2 logsumexp of each column's positives; -inf where there is none."""
+    visible = distinct_positives(labels, positive)
+    top = visible.new_full((m,), -math.inf)
+    if labels is None:
+        top[: len(visible)] = visible[:, 0]
+        return top
+    column, visible = labels.clamp(min=0).flatten().long(), visible.flatten()
+    top.scatter_reduce_(0, column, visible, "amax")
+    reference = top.masked_fill(top == -math.inf, 0.0)
+    parts = torch.exp2(visible - reference[column])
+    if top.device.type == "cpu":
+        total = torch.zeros_like(top).index_add_(0, column, parts)
+    else:
+        # Elsewhere additions come in any order: integers, 2^-40 to the unit, add up to the same bits all the same. None
+        # stands for a NaN, but then top is one.
+        parts = (parts * 2.0**40).nan_to_num(0, 0, 0).to(torch.int64)
+        total = torch.zeros_like(top, dtype=torch.int64).index_add_(0, column, parts).to(top.dtype) * 2.0**-40
     return top + total.log2()
-
-
-def exponentials_(p: Problem, s2: Tensor, rows: slice, cols: slice, dim: int) -> tuple[Tensor, Tensor]:
-    """Turns logits into exp2(s2 - top) in place; (top, total) along ``dim``, top 0 where every logit is -inf.
-
-    Positives are added to the total in the statistics' dtype (and left 0 in the tile): beside a well-trained row's
-    positive, 1, float32 would round its negatives away, and they are its loss.
-    """
-    top = s2.amax(dim=dim, keepdim=True)
-    top = top.masked_fill(top == -math.inf, 0.0)
-    e = s2.sub_(top).exp2_()
-    positives = p.lift_positives(e, rows, cols, dim)
-    return top.squeeze(dim), e.sum(dim=dim).to(p.statistics) + positives
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -519,6 +634,5 @@ def lines_at_once(length: int, device: torch.device, compute: torch.dtype) -> in
     """How many whole rows (columns) of ``length`` logits a tile may hold."""
     if device.type == "cpu":
         return max(16, min(CPU_TILE, 8 * CPU_TILE**2 // length))  # at most 32 MiB of float32
-    mib = int(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB))
     # a tile, its factors and the temporaries of one exponential
-    return max(16, mib * 2**20 // (4 * length * compute.itemsize) // 16 * 16)
+    return max(16, workspace_bytes() // (4 * length * compute.itemsize) // 16 * 16)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,7 +17,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..torch_chunked import DEFAULT_WORKSPACE_MIB, LN2, LOG2E, Line, positive_entries, slices
+from .. import workspace_bytes
+from ..torch_chunked import LN2, LOG2E, Line, positive_entries, positives_by_column, positives_by_row, slices
 from . import kernels
 from .config import Config, Tile, select
 
@@ -73,13 +73,14 @@ def forward(
                 row[rows].merge(row_parts, col_tiles)
             if want_col:
                 col.merge(col_parts, row_tiles)
-        # the kernel leaves positives out: they join their lines here, in float64
-        visible = p.distinct_positives(positive)
-        if want_row:
-            row.merge(torch.stack([visible.t(), torch.ones_like(visible.t())]).flatten(1), p.n_labels)
-        if want_col:
-            col.merge(p.by_column(visible), 1)
-    return row.logsumexp(), col.logsumexp(), positive.to(torch.float64).mul_(LN2)
+    # the kernel leaves positives out: they join their lines here, in float64
+    positive2 = positive.to(torch.float64)
+    row2, col2 = row.logsumexp2(), col.logsumexp2()
+    if want_row:
+        row2 = torch.logaddexp2(row2, positives_by_row(labels, positive2))
+    if want_col:
+        col2 = torch.logaddexp2(col2, positives_by_column(labels, positive2, p.m))
+    return row2.mul_(LN2), col2.mul_(LN2), positive2.mul_(LN2)
 
 
 def backward(
@@ -251,35 +252,6 @@ class Problem:
             **tile_constants(tile, self.config.descriptors, lhs.shape[1]),
         }
 
-    def distinct_positives(self, positive: Tensor) -> Tensor:
-        """positive (N, P) with -inf for label -1, and for a column its row labels twice, all but once."""
-        if self.labels is None:
-            return positive
-        labels = self.labels[: self.n]
-        out = labels < 0
-        for q in range(1, self.n_labels):
-            out[:, q] |= (labels[:, :q] == labels[:, q : q + 1]).any(dim=1)
-        return positive.masked_fill(out, -math.inf)
-
-    def by_column(self, visible: Tensor) -> Tensor:
-        """(max, sum of exp2(s - max)) of each column's positives, (2, M).
-
-        The sum is made of integers, 2^-40 to the unit, because those add up to the same bits in any order.
-        """
-        top = visible.new_full((self.m,), -math.inf)
-        if self.labels is None:
-            top[: self.n] = visible[:, 0]
-            return torch.stack([top, torch.ones_like(top)])
-        column = self.labels[: self.n].clamp(min=0).flatten().long()
-        top.scatter_reduce_(0, column, visible.flatten(), "amax")
-        reference = top.masked_fill(top == -math.inf, 0.0)
-        parts = torch.exp2((visible.flatten() - reference[column]).to(torch.float64)) * 2.0**40
-        # no number stands for a NaN, but then top is one
-        total = torch.zeros_like(top, dtype=torch.int64).index_add_(
-            0, column, parts.nan_to_num(0, 0, 0).to(torch.int64)
-        )
-        return torch.stack([top, (total * 2.0**-40).to(top.dtype)])
-
     def block(self, x: Tensor, rows: int, cols: int) -> Tensor | TensorDescriptor:
         """A matrix as the kernels take it: a descriptor of (rows, cols) blocks, or the tensor for its pointer."""
         return TensorDescriptor.from_tensor(x, [rows, cols]) if self.config.descriptors else x
@@ -331,8 +303,8 @@ class Statistics:
             num_warps=4,
         )
 
-    def logsumexp(self) -> Tensor:
-        return self.total.log2().add_(self.top).mul_(LN2)
+    def logsumexp2(self) -> Tensor:
+        return self.total.log2().add_(self.top)
 
 
 # The kernels read vectors in whole tiles, of any side up to this.
@@ -431,10 +403,6 @@ def input_precision(dtype: torch.dtype) -> str:
         "high": "bf16x3" if on_hip else "tf32x3",
         "medium": "bf16x3" if on_hip else "tf32",
     }[torch.get_float32_matmul_precision()]
-
-
-def workspace_bytes() -> int:
-    return int(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
 
 
 def gradient_chunk(n: int, m: int, tile: Tile, itemsize: int) -> tuple[int, int]:
