@@ -21,7 +21,7 @@ lint: $(READY)
 	$(PY) -m pyright
 
 bench: $(READY)  ## speed and memory beside open_clip.ClipLoss; writes bench/results and the figure
-	$(PY) -m bench.cpu
+	env -u OMP_WAIT_POLICY $(PY) -m bench.cpu
 
 properties: $(READY)  ## the property tests with fresh draws, many more of them (tens of minutes)
 	HYPOTHESIS_PROFILE=properties $(PY) -m pytest tests -k "not training"

@@ -5,6 +5,7 @@ This file validates, picks a backend and holds the one autograd rule; the arithm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def logsumexp_statistics(
     if promise is not None and any(need) and one_pass:
         g_row, g_col, g_positive = (None if g is None else g.detach() for g in promise)
     return _forward(
-        lhs, rhs, scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_row, g_col, g_positive, *need, name
+        lhs, rhs, scale, labels, lhs_ids, rhs_ids, [want_row, want_col], g_row, g_col, g_positive, need, name
     )[:3]
 
 
@@ -128,37 +129,33 @@ def _forward(
     labels: Tensor | None,
     lhs_ids: Tensor | None,
     rhs_ids: Tensor | None,
-    want_row: bool,
-    want_col: bool,
+    want: Sequence[bool],
     g_row: Tensor | None,
     g_col: Tensor | None,
     g_positive: Tensor | None,
-    need_lhs: bool,
-    need_rhs: bool,
-    need_scale: bool,
+    need: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row, col, positive), and the promised gradients (dlhs, drhs, dscale), empty without a promise."""
     module = backends.load(backend)
     inputs = lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids
     if g_positive is not None:
-        return module.forward_with_gradient(*inputs, g_row, g_col, g_positive, need_lhs, need_rhs, need_scale)
-    row, col, positive = module.forward(*inputs, want_row, want_col)
+        return module.forward_with_gradient(*inputs, g_row, g_col, g_positive, *need)
+    row, col, positive = module.forward(*inputs, *want)
     return row, col, positive, lhs.new_empty(0), lhs.new_empty(0), lhs.new_empty(0)
 
 
 @_forward.register_fake
-def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want_row, want_col, g_row, g_col, g_positive,
-      need_lhs, need_rhs, need_scale, backend):  # fmt: skip
+def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want, g_row, g_col, g_positive, need, backend):
     kind = backends.statistics_dtype(lhs.device)
     n, m, promised = lhs.shape[0], rhs.shape[0], g_positive is not None
     return (
-        lhs.new_empty(n if want_row else 0, dtype=kind),
-        lhs.new_empty(m if want_col else 0, dtype=kind),
+        lhs.new_empty(n if want[0] else 0, dtype=kind),
+        lhs.new_empty(m if want[1] else 0, dtype=kind),
         lhs.new_empty((n, 1 if labels is None else labels.shape[1]), dtype=kind),
-        lhs.new_empty(lhs.shape if promised and need_lhs else 0),
-        lhs.new_empty(rhs.shape if promised and need_rhs else 0),
-        logit_scale.new_empty(() if promised and need_scale else 0) if promised else lhs.new_empty(0),
+        lhs.new_empty(lhs.shape if promised and need[0] else 0),
+        lhs.new_empty(rhs.shape if promised and need[1] else 0),
+        logit_scale.new_empty(() if promised and need[2] else 0) if promised else lhs.new_empty(0),
     )
 
 
@@ -176,31 +173,25 @@ def _backward(
     g_row: Tensor | None,
     g_col: Tensor | None,
     g_positive: Tensor | None,
-    need_lhs: bool,
-    need_rhs: bool,
-    need_scale: bool,
+    need: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return backends.load(backend).backward(
-        lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive,
-        need_lhs, need_rhs, need_scale,
-    )  # fmt: skip
+        lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive, *need
+    )
 
 
 @_backward.register_fake
-def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive,
-      need_lhs, need_rhs, need_scale, backend):  # fmt: skip
+def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive, need, backend):
     return (
-        lhs.new_empty(lhs.shape if need_lhs else 0),
-        rhs.new_empty(rhs.shape if need_rhs else 0),
-        logit_scale.new_empty(() if need_scale else 0),
+        lhs.new_empty(lhs.shape if need[0] else 0),
+        rhs.new_empty(rhs.shape if need[1] else 0),
+        logit_scale.new_empty(() if need[2] else 0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want_row, ctx.want_col, g_row, g_col, _, *_, ctx.backend = (
-        inputs
-    )
+    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want, g_row, g_col, _, _, ctx.backend = inputs
     ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_row, g_col, *output)
     ctx.set_materialize_grads(False)
 
@@ -210,14 +201,14 @@ def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
         _refuse_double_backward(ctx)
     *inputs, promised_row, promised_col, row, col, positive, dlhs, drhs, dscale = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    g_row = g_row if ctx.want_row else None
-    g_col = g_col if ctx.want_col else None
+    g_row = g_row if ctx.want[0] else None
+    g_col = g_col if ctx.want[1] else None
     if promised_row is None and promised_col is None:
-        gradients = _backward(*inputs, row, col, positive, g_row, g_col, g_positive, *need, ctx.backend)
+        gradients = _backward(*inputs, row, col, positive, g_row, g_col, g_positive, list(need), ctx.backend)
     else:
         factor = _common_factor((g_row, promised_row), (g_col, promised_col))
         gradients = [g * factor.to(g.dtype) for g in (dlhs, drhs, dscale)]
-    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 12)
+    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 9)
 
 
 def _common_factor(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -462,7 +462,8 @@ class Problem:
         return inside, index.clamp(0, width - 1)
 
 
-class Line(NamedTuple):
+@dataclass
+class Line:
     """One direction's softmax as the gradient uses it: g exp(s - lse) = gain * exp2(s2 - reference).
 
     ``reference`` is the float32 nearest to the base-2 lse: near it s2 - reference is exact. What float32 cannot hold of the
@@ -470,7 +471,6 @@ class Line(NamedTuple):
     """
 
     reference: Tensor  # 0 where nothing is visible: every pair of that line is hidden anyway
-    gain: Tensor
     g: Tensor
     lse2: Tensor
 
@@ -478,8 +478,11 @@ class Line(NamedTuple):
     def of(cls, lse: Tensor, g: Tensor, compute: torch.dtype) -> Line:
         lse2 = lse * LOG2E
         lse2 = lse2.masked_fill_(lse2 == -math.inf, 0.0)
-        reference = lse2.to(compute)
-        return cls(reference, (g * torch.exp2(reference - lse2)).to(compute), g, lse2)
+        return cls(lse2.to(compute), g, lse2)
+
+    @cached_property
+    def gain(self) -> Tensor:
+        return (self.g * torch.exp2(self.reference - self.lse2)).to(self.reference)
 
 
 @dataclass
@@ -523,14 +526,18 @@ class Softmaxes:
 
     row: Line | None
     col: Line | None
-    shared: Shared | None
+    one_exponential: bool  # allowed: finding out whether it is exact reads a number
 
     @classmethod
     def of(cls, p: Problem, row: Tensor, col: Tensor, g_row: Tensor | None, g_col: Tensor | None) -> Softmaxes:
         r = None if g_row is None else Line.of(row, g_row, p.compute)
         c = None if g_col is None else Line.of(col, g_col, p.compute)
-        # a row's logsumexp bounds its logits: no exponential above 1
-        return cls(r, c, Shared.of(r.reference, r, c) if r is not None and p.on_cpu else None)
+        return cls(r, c, p.on_cpu)
+
+    @cached_property
+    def shared(self) -> Shared | None:
+        """By the rows' logsumexp, which bounds their logits: no exponential is above 1."""
+        return Shared.of(self.row.reference, self.row, self.col) if self.one_exponential and self.row else None
 
     def gradient_tile(self, p: Problem, s2: Tensor, rows: slice, cols: slice) -> Tensor:
         """G without its positives, in the place of the logits: g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j)."""

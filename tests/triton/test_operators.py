@@ -1,0 +1,81 @@
+"""The custom operators with the Triton backend: what torch.library checks, and torch.compile over encoder and loss."""
+
+import pytest
+import torch
+
+from gcl_kernels import gcl_loss
+
+from .conftest import DEVICE
+
+# what a tile computes past the end, from repeated rows and padding, is dropped
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def test_the_operator_passes_opcheck():
+    lhs, rhs = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 7))
+    arguments = lhs, rhs, torch.tensor(2.0, device=DEVICE), None, None, None, [True, True], None, None, None
+    torch.library.opcheck(torch.ops.gcl_kernels.pairwise_logsumexp.default, (*arguments, [True, True, False], "triton"))
+
+
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs"])
+def test_compiles_to_one_graph(directions):
+    encoder = torch.nn.Linear(6, 16, device=DEVICE)
+
+    def loss(x, y, scale):
+        return gcl_loss(encoder(x), encoder(y), scale, directions=directions, label_smoothing=0.1, backend="triton")
+
+    x, y = torch.randn(9, 6, device=DEVICE), torch.randn(9, 6, device=DEVICE)
+    scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    expected = torch.autograd.grad(loss(x, y, scale), [scale, *encoder.parameters()])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
+    actual = torch.autograd.grad(compiled(x, y, scale), [scale, *encoder.parameters()])
+    torch.testing.assert_close(actual, expected)
+    torch.compiler.reset()
+
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA or HIP device")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs"])
+def test_no_host_synchronisation(directions):
+    inputs = inputs_on_gpu()
+    gcl_loss(*inputs, directions=directions).backward()  # compiles, which may synchronise
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gcl_loss(*inputs, directions=directions).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_forward_and_backward_replay_from_a_cuda_graph():
+    inputs = inputs_on_gpu()
+
+    def gradients():
+        return torch.autograd.grad(gcl_loss(*inputs), inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        for x, fresh in zip(inputs[:2], inputs_on_gpu(seed=1), strict=False):
+            x.copy_(fresh)
+    graph.replay()
+    for actual, expected in zip(captured, gradients(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def inputs_on_gpu(seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.nn.functional.normalize(torch.randn(300, 64, generator=g)) for _ in range(2))
+    scale = torch.tensor(10.0, device=DEVICE, requires_grad=True)
+    return *(v.to(DEVICE, torch.bfloat16).requires_grad_() for v in (x, y)), scale
