@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from bench.measure import (
+    burst,
     embeddings,
     gemm,
     in_fresh_process,
@@ -57,8 +58,10 @@ def time_row(n: int, peers: bool) -> dict:
     for name, make in LOSSES.items():
         if peers or name == "ours":
             loss = make()
-            tasks[name] = lambda loss=loss: step(loss, inputs)
-    turns = 1 if not peers else 5 if n >= 4096 else 51
+            tasks[name] = (
+                (lambda loss=loss: step(loss, inputs)) if n >= 4096 else lambda loss=loss: burst(loss, inputs, 5)
+            )
+    turns = 1 if not peers else 5 if n >= 4096 else 31
     times = interleaved(tasks, turns) if peers else {name: [task()] for name, task in tasks.items()}
     per_flop = times.pop("gemm")
     row = {"n": n, "d": D, "turns": turns, "gemm_gflops": 1e-9 / statistics.median(per_flop), "seconds": times}

@@ -26,6 +26,13 @@ def embeddings(n: int, d: int, seed: int = 0, cosine: float = 0.6) -> tuple[Tens
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def burst(loss: Loss, inputs: Sequence[Tensor], steps: int) -> float:
+    """Mean seconds of ``steps`` steps after one that is not counted: what the task before it left in the caches, and in what
+    order tasks take turns, is then no part of a small batch's time."""
+    step(loss, inputs)
+    return sum(step(loss, inputs) for _ in range(steps)) / steps
+
+
 def step(loss: Loss, inputs: Sequence[Tensor]) -> float:
     """Seconds of one forward and backward; gradients are dropped afterwards, outside the time."""
     start = time.perf_counter()

@@ -369,7 +369,7 @@ class Problem:
     def scaled_lhs(self, rows: slice) -> Tensor:
         """lhs * scale * log2(e), or lhs itself where the product would have to be rounded to half precision."""
         x = self.lhs[rows].to(self.operand)
-        return torch.addcmul(x * self.scale2[0], x, self.scale2[1]) if self.operand == self.compute else x
+        return (x * self.scale2[0]).addcmul_(x, self.scale2[1]) if self.operand == self.compute else x
 
     def logits(self, x: Tensor, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
         """(R, C) base-2 logits of a chunk's scaled lhs, hidden pairs -inf (labelled ones too: callers give positives a value);
