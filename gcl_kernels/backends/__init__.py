@@ -34,10 +34,6 @@ NAMES = ("torch", "triton")
 WITH_GRADIENT = ("torch",)  # backends that have forward_with_gradient
 DEFAULT_WORKSPACE_MIB = 256
 
-# On a CPU a 1024 x 1024 float32 tile (4 MiB) and its operands stay in the last-level cache while matrix products of that size
-# still run at the machine's full rate. Accelerators want few launches: chunks as large as the workspace budget allows.
-CPU_TILE = 1024
-
 
 def _has_triton() -> bool:
     try:
@@ -65,6 +61,13 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if name == "triton" and not HAS_TRITON:
         raise ValueError("backend: expected an installed one, got 'triton', which cannot be imported here")
     return name
+
+
+def architecture(device: torch.device) -> str | tuple[int, int]:
+    """Of a GPU: compute capability (NVIDIA) or gfx name (AMD)."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return torch.cuda.get_device_capability(device)
 
 
 def workspace_bytes() -> int:

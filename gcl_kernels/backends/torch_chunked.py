@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import CPU_TILE, statistics_dtype, workspace_bytes
+from . import statistics_dtype, workspace_bytes
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -32,9 +32,14 @@ LN2 = math.log(2.0)
 # The widest spread, in powers of two, over which one exponential serves rows and columns. float32 reaches down to 2^-126:
 # what a factor of 2^-100 flushes to zero is below 2^-26 of the line's sum, less than the sum's own rounding.
 SAFE_SPREAD = 100.0
-# A row's reference is the maximum of its first tile. A later tile may exceed it, but not by so much that e times a column's
-# factor, which may be flushed below 2^-126, is anything but nothing: 2^(60 - 126).
-SAFE_EXCESS = 60.0
+# A row's reference is the maximum of its first tile. By how much its sum in a later tile may exceed it, in powers of two:
+# what a row's factor below 2^-126 flushes to zero is then nothing beside a column's 1 (``Shared``), 2^-46 at most.
+SAFE_EXCESS = 30.0
+
+
+# A 1024 x 1024 float32 tile (4 MiB) and its operands stay in a CPU's last-level cache while matrix products of that size still
+# run at the machine's full rate. Accelerators want few launches: chunks as large as the workspace budget allows.
+CPU_TILE = 1024
 
 
 def forward(
@@ -216,8 +221,9 @@ def shared_logsumexp2_(s2: Tensor, reference: Tensor) -> tuple[Tensor, Tensor] |
     row_sum = torch.mv(e, e.new_ones(e.shape[1]))
     col_sum = torch.mv(e.t(), torch.exp2(reference - highest))
     low, high = row_sum.aminmax()
-    exact = min(float(low), float(col_sum.min())) >= 2.0**-SAFE_SPREAD and float(high) <= 2.0**SAFE_EXCESS
-    if not exact:  # so written for NaN
+    low, high, col_low = float(low), float(high), float(col_sum.min())
+    # so written for NaN; a column loses what is below 2^-126 times the largest exponential
+    if not (low >= 2.0**-SAFE_SPREAD and high <= 2.0**SAFE_EXCESS and col_low >= max(high, 1.0) * 2.0**-SAFE_SPREAD):
         return None
     return row_sum.to(kind).log2_().add_(reference), col_sum.to(kind).log2_().add_(highest)
 

@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from .. import architecture
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -159,26 +161,22 @@ def select(device: torch.device, dtype: torch.dtype, d: int, precision: str) -> 
     """The configuration for tensors on this device."""
     if device.type != "cuda":
         return INTERPRETED
-    if torch.version.hip is not None:
-        architecture: str | tuple[int, int] = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    else:
-        architecture = torch.cuda.get_device_capability(device)
-    return FAMILIES[family_of(architecture)].config(dtype, d, precision)
+    return FAMILIES[family_of(architecture(device))].config(dtype, d, precision)
 
 
 @cache  # one warning a process
-def family_of(architecture: str | tuple[int, int]) -> str:
+def family_of(chip: str | tuple[int, int]) -> str:
     """Family of a compute capability or a gfx name; for a chip that is in none, the nearest that it can run."""
     known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
     known_amd = {"gfx942": "gfx942", "gfx950": "gfx942"}
-    if isinstance(architecture, str):
-        found, nearest = known_amd.get(architecture), "gfx942"
+    if isinstance(chip, str):
+        found, nearest = known_amd.get(chip), "gfx942"
     else:
         # sm_12x has Ampere's matrix instructions and shared memory of 99 KB, as have the others that are not here
-        found, nearest = known.get(architecture), "sm_100" if architecture[0] in (10, 11) else "sm_86"
+        found, nearest = known.get(chip), "sm_100" if chip[0] in (10, 11) else "sm_86"
     if found is None:
         warnings.warn(
-            f"gcl_kernels has no launch configuration for {architecture}; it takes that of {nearest}, which may be slow",
+            f"gcl_kernels has no launch configuration for {chip}; it takes that of {nearest}, which may be slow",
             stacklevel=2,
         )
     return found or nearest

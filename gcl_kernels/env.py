@@ -1,0 +1,73 @@
+"""What a bug report needs: ``python -m gcl_kernels.env`` prints versions, devices, and the backend chosen for each and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from . import __version__, backends
+
+PACKAGES = ("torch", "triton", "numpy", "torchvision", "open_clip_torch")
+VARIABLES = ("GCL_KERNELS_", "TRITON_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return found
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, " + (
+            torch.backends.cpu.get_cpu_capability()
+        )
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        toolkit = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        return f"{about.name}, {backends.architecture(device)}, {about.total_memory / 2**30:.0f} GiB, {toolkit}"
+    return platform.processor()
+
+
+def choice(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that ``backend=None`` takes, and why."""
+    name = backends.choose(None, device, dtype)
+    if name == "triton":
+        from .backends.triton.config import family_of
+
+        return f"triton, with the launch configuration of {family_of(backends.architecture(device))}"
+    if device.type != "cuda":
+        return "torch: the device is not CUDA or HIP"
+    if dtype == torch.float64:
+        return "torch: the kernels' tiles are float32"
+    return "torch: Triton cannot be imported"
+
+
+def report() -> Iterator[str]:
+    yield f"gcl_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield from (f"{package} {version(package)}" for package in PACKAGES)
+    for device in devices():
+        yield f"{device}: {describe(device)}"
+        yield from (f"    {str(dtype)[6:]}: backend {choice(device, dtype)}" for dtype in DTYPES)
+    yield f"workspace {backends.workspace_bytes() // 2**20} MiB"
+    yield f"float32 matrix products: {torch.get_float32_matmul_precision()}"
+    yield from (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES))
+
+
+if __name__ == "__main__":
+    print("\n".join(report()))
