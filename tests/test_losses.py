@@ -339,3 +339,30 @@ def test_public_result_follows_the_contract():
     result = pairwise_logsumexp(torch.randn(3, 2), torch.randn(4, 2), 1.0, labels=torch.zeros(3, 2, dtype=torch.int64))
     assert result._fields == ("row", "col", "positive")
     assert [tuple(v.shape) for v in result] == [(3,), (4,), (3, 2)]
+
+
+def test_rows_far_from_what_their_first_tile_shows(monkeypatch):
+    """A row's first tile sets its reference. A row hidden there and 216 powers of two below it later, and one as far above it
+    later, leave float32's range if that reference is used blindly, in the sums or in the gradients."""
+    monkeypatch.setattr(torch_chunked, "default_tile", lambda *_: (16, 16))
+    keep_tiles(monkeypatch, 1000)
+    n = 40
+    x, y = torch.zeros(n, 2), torch.zeros(n, 2)
+    x[0, 0], y[:, 0] = -1.5, 1.0  # row 0 below
+    x[1, 1], y[:16, 1], y[16:, 1] = 1.0, -1.0, 1.0  # row 1 above
+    ids = torch.arange(n)
+    lhs_ids, rhs_ids = torch.where(ids == 0, 7, -1), torch.where(ids < 16, 7, -1)
+    inputs = [v.clone().requires_grad_() for v in (x, y)]
+    exact = [v.double().requires_grad_() for v in (x, y)]
+    options = {"lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "reduction": "sum"}
+    actual = testing.value_and_gradients(lambda: gcl_loss(*inputs, 100.0, **options), inputs)
+    oracle = testing.value_and_gradients(lambda: reference.gcl_loss(*exact, 100.0, **options), exact)
+    for a, o in zip(actual, oracle, strict=True):
+        assert testing.relative_error(a, o) < 1e-6
+    statistics = pairwise_logsumexp(
+        x, y, 100.0, labels=torch.full((n,), -1), lhs_ids=lhs_ids, rhs_ids=rhs_ids, backend="torch"
+    )
+    expected = reference.pairwise_logsumexp(
+        x.double(), y.double(), 100.0, labels=torch.full((n,), -1), lhs_ids=lhs_ids, rhs_ids=rhs_ids
+    )
+    torch.testing.assert_close(statistics.row.double(), expected.row, rtol=1e-6, atol=0)
