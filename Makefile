@@ -20,7 +20,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
-bench: $(READY)  ## speed and memory beside open_clip.ClipLoss; writes bench/results and the figure
+bench: $(READY)  ## speed and memory beside open_clip.ClipLoss; writes bench/results and the figure; threads wait as they do by default
 	env -u OMP_WAIT_POLICY $(PY) -m bench.cpu
 
 properties: $(READY)  ## the property tests with fresh draws, many more of them (tens of minutes)

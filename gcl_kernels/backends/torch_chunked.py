@@ -1,7 +1,8 @@
 """The primitive in plain PyTorch, tile by tile, on any device.
 
 A tile is the logits of (rows of a chunk) x (columns of a block), in base 2: ``s2 = s * log2(e)``, the factor folded into
-lhs, because exp2 is the faster exponential. One tile is alive at a time, and a second one of its size for factors.
+lhs, because exp2 is the faster exponential. One tile is alive at a time, and a second one of its size for factors; only
+``forward_with_gradient`` keeps more, within the workspace budget.
 
 Both passes need the softmax of a tile by rows and by columns, and take both from ONE exponential a logit,
 ``e_ij = exp2(s2_ij - r_i)`` with a reference r_i per row: sums over j give rows, sums over i weighted by exp2(r_i) give columns,
