@@ -154,7 +154,8 @@ def table(result: dict) -> str:
         f"Measured on {result['date']}: {about['cpu']}, {about['threads']} threads ({about['capability']}), "
         f"torch {about['torch']}; "
         f"D = {D}, float32, forward and backward, median times, and ratios as medians over turns of "
-        "[cpu.json](bench/results/cpu.json): in a turn both losses and a matrix product run one after the other, in one process. "
+        "[cpu.json](bench/results/cpu.json): in a turn both losses and a matrix product run one after the other, in one process, "
+        "below N = 4,096 each loss for five steps after one that is not counted. "
         "GEMM rate: that float32 product's, counting 8 N² D for the loss.",
         "",
         "| N | ours | `open_clip.ClipLoss` | faster | of the GEMM rate | extra memory, ours | `open_clip` |",

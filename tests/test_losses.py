@@ -150,6 +150,26 @@ def test_one_direction_pays_for_one(directions, options, units, monkeypatch):
     assert total == units * n * m * d
 
 
+@pytest.mark.parametrize(("tiles_kept", "units"), [(1, 6 + 2 * 15 / 16), (4, 7.5), (16, 6)])
+def test_a_kept_tile_is_not_made_again(tiles_kept, units, monkeypatch):
+    n, d = 64, 32
+    keep_tiles(monkeypatch, tiles_kept)
+    monkeypatch.setattr(torch_chunked, "default_tile", lambda *_: (16, 16))
+    x, labels, g = torch.randn(n, d), torch.arange(n)[:, None], torch.ones(n)
+    with Products() as products:
+        torch_chunked.forward_with_gradient(
+            x, x.flip(0), torch.tensor(0.1), labels, None, None, g, g, -2 * labels, True, True, True
+        )
+    assert products.flops == units * n * n * d
+
+
+def test_kept_tiles_respect_the_workspace_budget(monkeypatch):
+    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
+    x = torch.randn(300, 4)
+    problem = torch_chunked.Problem.of(x, x, torch.tensor(1.0), None, None, None, (128, 128))
+    assert problem.tiles_to_keep() == 2**20 // (4 * 128 * 128) - 2  # the two in use count
+
+
 def test_one_direction_never_holds_n_by_m(monkeypatch):
     n, m, d = 300, 400, 8
     monkeypatch.setattr(torch_chunked, "lines_at_once", lambda *_: 16)

@@ -343,8 +343,8 @@ def test_the_operators_pass_opcheck():
     lhs, rhs, scale = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True), torch.tensor(2.0)
     ids = torch.randint(0, 3, (5, 2)), torch.randint(0, 3, (7, 2))
     for labels, (lhs_ids, rhs_ids) in ((None, (None, None)), (torch.randint(-1, 7, (5, 2)), ids)):
-        ids_and_labels = labels, lhs_ids, rhs_ids
-        arguments = lhs, rhs, scale, *ids_and_labels, [True, True], None, None, None, [True, True, False], "torch"
+        inputs = lhs, rhs, scale, labels, lhs_ids, rhs_ids
+        arguments = *inputs, [True, True], None, None, None, [True, True, False], "torch"
         torch.library.opcheck(torch.ops.gcl_kernels.pairwise_logsumexp.default, arguments)
 
 
