@@ -1,7 +1,9 @@
-"""Timing and peak memory of one training step of a loss, each memory figure in a process of its own."""
+"""Timing, accuracy and peak memory of one case: ours and its peers in turns, in one process; memory on a CPU in fresh ones."""
 
 from __future__ import annotations
 
+import gc
+import json
 import platform
 import statistics
 import subprocess
@@ -9,58 +11,211 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import oracle
+from bench.cases import DIRECTIONS, DTYPES, Case, Inputs, build
+from bench.peers import DENSE_COPIES, PEERS, Loss, Unsupported, version
 
-def embeddings(n: int, d: int, seed: int = 0, cosine: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors as a half-trained model gives them: positives at a cosine around ``cosine``; logit_scale 100 / 7."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.nn.functional.normalize(torch.randn(n, d, generator=g))
-    noise = torch.nn.functional.normalize(torch.randn(n, d, generator=g))
-    y = torch.nn.functional.normalize(cosine * x + (1 - cosine**2) ** 0.5 * noise)
-    return x.requires_grad_(), y.requires_grad_(), torch.tensor(100 / 7).requires_grad_()
-
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def burst(loss: Loss, inputs: Sequence[Tensor], steps: int) -> float:
-    """Mean seconds of ``steps`` steps after one that is not counted: what the task before it left in the caches, and in what
-    order tasks take turns, is then no part of a small batch's time."""
-    step(loss, inputs)
-    return sum(step(loss, inputs) for _ in range(steps)) / steps
+# A step below this is timed in bursts of BURST steps after one that is not counted: what the task before it left in the caches,
+# and in what order tasks take turns, is then no part of its time.
+SHORT_SECONDS, BURST = 0.25, 5
+LONG_SECONDS = 20.0  # of a step that is measured once
+GEMM_SECONDS = 0.3
+ERROR_LOGITS = {"cpu": 2**26, "cuda": 2**33}  # the float64 oracle is run up to so many: half a minute
 
 
-def step(loss: Loss, inputs: Sequence[Tensor]) -> float:
-    """Seconds of one forward and backward; gradients are dropped afterwards, outside the time."""
+def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) -> list[dict[str, Any]]:
+    """A row for each peer: times of each turn, rates, ratios, errors, memory; or the reason that there are none."""
+    inputs = build(case)
+    rows: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Callable[[], float]] = {}
+    seconds: dict[str, float] = {}
+    exact = None
+    for name in peers:
+        row = rows[name] = {**case.as_dict(), "peer": name, "version": version(name), "seconds": None, "reason": None}
+        try:
+            fits(case, name)
+            loss = PEERS[name](case)
+            if case.passes == "both" and error and comparable(case):
+                exact = exact or oracle.loss_and_gradients(
+                    inputs.lhs, inputs.rhs[0], inputs.logit_scale, DIRECTIONS[case.directions]
+                )
+                row["error"] = errors(loss, inputs, exact)
+            else:
+                seconds[name] = step(loss, inputs, case)
+            if seconds.get(name, 0) < LONG_SECONDS:
+                seconds[name] = step(loss, inputs, case)
+            tasks[name] = repeated(loss, inputs, case, BURST if seconds[name] < SHORT_SECONDS else 1)
+            if case.device == "cuda":
+                row["extra_mib"] = cuda_extra_mib(loss, inputs, case)
+        except (Unsupported, torch.OutOfMemoryError, RuntimeError, ValueError, TypeError) as refusal:
+            row["reason"] = reason(refusal)
+            release(case)
+    product = gemm(case)
+    turns = turns or (31 if max(seconds.values(), default=0) < 0.05 else 5)
+    long = {name: t for name, t in seconds.items() if t >= LONG_SECONDS}
+    tasks = {name: task for name, task in tasks.items() if name not in long}
+    times = interleaved({"gemm": product, **tasks}, turns)
+    rate = [1 / t for t in times.pop("gemm")]  # FLOP/s, turn by turn
+    times |= {name: [t] for name, t in long.items()}
+    for name, row in rows.items():
+        row["gemm_tflops"] = statistics.median(rate) / 1e12
+        if name not in times:
+            continue
+        row["seconds"] = times[name]
+        row["tflops"] = case.flops / statistics.median(times[name]) / 1e12
+        row["of_gemm"] = statistics.median(
+            case.flops / t / r for t, r in zip(times[name], rate, strict=name not in long)
+        )
+        if name == "ours":
+            row["over"] = {peer: median_ratio(times[peer], times[name]) for peer in times if peer != name}
+        if case.device == "cpu":
+            row["extra_mib"] = cpu_extra_mib(case, name)
+    return list(rows.values())
+
+
+def comparable(case: Case) -> bool:
+    """Whether ``oracle`` knows the case and finishes in reasonable time."""
+    small = case.n * case.m <= ERROR_LOGITS.get(case.device, 2**26)
+    return case.fields == 1 and not case.ids and case.n <= case.m and small
+
+
+def errors(loss: Loss, inputs: Inputs, exact: Sequence[Tensor]) -> dict[str, float]:
+    value = loss(inputs)
+    gradients = torch.autograd.grad(value, inputs.leaves, allow_unused=True)  # a constant scale has none
+    names = ("loss", "lhs", "rhs", "logit_scale")
+    return {
+        name: oracle.relative_error(got, want)
+        for name, got, want in zip(names, (value, *gradients), exact, strict=True)
+        if got is not None
+    }
+
+
+def fits(case: Case, peer: str) -> None:
+    """On a CPU, logits that do not fit would not fail: they would take the machine down."""
+    if case.device != "cpu" or peer not in DENSE_COPIES:
+        return
+    need = DENSE_COPIES[peer] * case.n * case.m * DTYPES[case.dtype].itemsize / 2**30
+    free = available_gib()
+    if need > 0.9 * free:
+        raise Unsupported(f"out of memory: its logits need about {need:.0f} GiB, {free:.0f} GiB are free")
+
+
+def available_gib() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else ():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) / 2**20
+    return float("inf")
+
+
+def reason(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
+    return text if isinstance(error, Unsupported) else f"{type(error).__name__}: {text}"
+
+
+def release(case: Case) -> None:
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def step(loss: Loss, inputs: Inputs, case: Case) -> float:
+    """Seconds of the passes that the case asks for; gradients are dropped afterwards, outside the time."""
+    synchronize(case.device)
     start = time.perf_counter()
-    loss(*inputs).backward()
+    if case.passes == "forward":
+        with torch.no_grad():
+            loss(inputs)
+    else:
+        value = loss(inputs)
+        if case.passes == "backward":
+            synchronize(case.device)
+            start = time.perf_counter()
+        value.backward()
+    synchronize(case.device)
     seconds = time.perf_counter() - start
-    for x in inputs:
+    for x in inputs.leaves:
         x.grad = None
     return seconds
 
 
-def gemm(flops: float, d: int) -> Callable[[], float]:
-    """A function that runs about ``flops`` of float32 matrix products, in this machine's fastest of three shapes, and returns
-    seconds per FLOP."""
-    candidates = []
-    for n, m, k in ((2048, 2048, d), (8192, 8192, d), (1024, d, 1024)):
-        a, b, out = torch.randn(n, k), torch.randn(m, k), torch.empty(n, m)
+def repeated(loss: Loss, inputs: Inputs, case: Case, steps: int) -> Callable[[], float]:
+    def task() -> float:
+        if steps > 1:
+            step(loss, inputs, case)
+        return sum(step(loss, inputs, case) for _ in range(steps)) / steps
 
-        def run(repeats, a=a, b=b, out=out, each=2 * n * m * k):
+    return task
+
+
+def gemm(case: Case) -> Callable[[], float]:
+    """A function that runs matrix products for about GEMM_SECONDS, in this machine's fastest of three shapes, and returns
+    seconds per FLOP. In the case's dtype; float32 on CPUs, whose half-precision products may be slower than widened ones."""
+    dtype = torch.float32 if case.device == "cpu" and case.dtype != "fp64" else DTYPES[case.dtype]
+    candidates = []
+    side = 8192
+    for n, m, k in ((2048, 2048, case.d), (side, side, case.d), (1024, case.d, 1024), (4096, 4096, 4096)):
+        if case.device == "cpu" and n * m * k > 2**36:
+            continue
+        a, b = (torch.randn(rows, k, device=case.device, dtype=dtype) for rows in (n, m))
+        out = torch.empty(n, m, device=case.device, dtype=dtype)
+
+        def run(repeats: int, a=a, b=b, out=out, each=2 * n * m * k) -> float:
+            synchronize(case.device)
             start = time.perf_counter()
             for _ in range(repeats):
                 torch.mm(a, b.t(), out=out)
+            synchronize(case.device)
             return (time.perf_counter() - start) / (repeats * each)
 
         run(1)
-        each = 2 * n * m * k
-        candidates.append((min(run(max(1, round(1e10 / each))) for _ in range(5)), run, max(1, round(flops / each))))
+        once = run(1) * 2 * n * m * k
+        repeats = max(1, round(0.05 / once))
+        best = min(run(repeats) for _ in range(3))
+        candidates.append((best, run, max(1, round(GEMM_SECONDS / (best * 2 * n * m * k)))))
     _, run, repeats = min(candidates, key=lambda c: c[0])
     return lambda: run(repeats)
+
+
+def cuda_extra_mib(loss: Loss, inputs: Inputs, case: Case) -> float:
+    """Peak allocated over what was before the step, less the gradients."""
+    release(case)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(loss, inputs, case)
+    gradients = 0 if case.passes == "forward" else sum(x.numel() * x.element_size() for x in inputs.leaves)
+    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
+
+
+def cpu_extra_mib(case: Case, peer: str) -> float:
+    """Peak resident memory over what inputs and gradients need, MiB, in a fresh process; at least 0."""
+    return float(in_fresh_process("bench", "--memory-of", peer, json.dumps(case.as_dict())))
+
+
+def print_memory_of(peer: str, case: Case) -> None:
+    loss = PEERS[peer](case)
+    small = Case(**{**case.as_dict(), "n": 64, "m": 64})
+    step(PEERS[peer](small), build(small), small)  # libraries and threads are there
+    inputs = build(case)
+    gc.collect()
+    before = memory_mib("VmRSS")
+    gradients = 0 if case.passes == "forward" else sum(x.numel() * x.element_size() for x in inputs.leaves) / 2**20
+    reset_peak()
+    value = loss(inputs)
+    if case.passes != "forward":
+        value.backward()
+    print(max(memory_mib("VmHWM") - before - gradients, 0.0))
 
 
 def interleaved(tasks: dict[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
@@ -75,8 +230,8 @@ def interleaved(tasks: dict[str, Callable[[], float]], turns: int) -> dict[str, 
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over turns of a / b."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    """Median over turns of a / b; what was measured once has one turn."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=False))
 
 
 def memory_mib(field: str) -> float:
@@ -99,7 +254,7 @@ def in_fresh_process(module: str, *arguments: str) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, Any]:
     """What a figure must be read with."""
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
@@ -108,6 +263,7 @@ def machine() -> dict[str, str | int]:
     return {
         "cpu": name,
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,0 +1,116 @@
+"""This library beside what a user would pick instead: ``python -m bench``.
+
+Ours and every peer take turns in one process, with a matrix product between them whose rate is the ceiling of the run. Comma
+lists make the product of cases; each cell is written as it is measured, so a run that is stopped keeps what it has, and
+``--resume`` goes on from there. ``--curves`` measures the scaling curves instead. Tables and figures come from the result files:
+``python -m bench.report``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import cases, measure, peers, report
+from bench.cases import Case
+from gcl_kernels import __version__
+
+
+def words(choices: Sequence[str]):
+    def parse(text: str) -> list[str]:
+        found = [word.strip() for word in text.split(",")]
+        for word in found:
+            if word not in choices:
+                raise argparse.ArgumentTypeError(f"expected among {', '.join(choices)}, got {word!r}")
+        return found
+
+    return parse
+
+
+def numbers(kind: type):
+    def parse(text: str) -> list:
+        try:
+            found = [kind(word.replace("_", "")) for word in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+        if min(found) < 0:
+            raise argparse.ArgumentTypeError(f"expected numbers >= 0, got {min(found)}")
+        return found
+
+    return parse
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda", "mps"))
+    parser.add_argument("--dtype", type=words(tuple(cases.DTYPES)), default=["fp32" if device == "cpu" else "bf16"])
+    parser.add_argument("--n", type=numbers(int), default=[256, 1024, 4096], help="batch sizes")
+    parser.add_argument("--m", type=numbers(int), help="columns; default N")
+    parser.add_argument("--d", type=numbers(int), default=[512])
+    parser.add_argument("--directions", type=words(tuple(cases.DIRECTIONS)), default=["both"])
+    parser.add_argument("--pass", dest="passes", type=words(cases.PASSES), default=["both"])
+    parser.add_argument("--logit-scale", type=numbers(float), default=[100 / 7, 100.0])
+    parser.add_argument("--draw", type=words(cases.DRAWS), default=["clustered"])
+    parser.add_argument("--fields", type=numbers(int), default=[1], help="fields of the right-hand side")
+    parser.add_argument("--ids", action="store_true", help="mask false negatives")
+    parser.add_argument("--peers", default="all", help="all, none, or names: " + ", ".join(list(peers.PEERS)[1:]))
+    parser.add_argument("--turns", type=int, help="default: 31 for short steps, 5 for others")
+    parser.add_argument("--no-error", action="store_true", help="leave out the float64 oracle")
+    parser.add_argument("--curves", action="store_true", help="the scaling curves instead")
+    parser.add_argument("--json", type=Path, help="result file; default: none, the table is printed")
+    parser.add_argument("--resume", action="store_true", help="leave out what the result file has")
+    parser.add_argument("--memory-of", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def chosen_peers(text: str) -> tuple[str, ...]:
+    if text in ("all", "none"):
+        return tuple(peers.PEERS) if text == "all" else ("ours",)
+    return ("ours", *(name for name in words(tuple(peers.PEERS))(text) if name != "ours"))
+
+
+def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
+    if options.curves:
+        return cases.curves(options.device)
+    found = cases.product(
+        [options.device], options.dtype, options.n, options.m, options.d, options.directions, options.passes,
+        options.logit_scale, options.draw, options.fields, [options.ids],
+    )  # fmt: skip
+    return [(case, chosen_peers(options.peers)) for case in found]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.device == "cpu":
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+    if options.memory_of:
+        name, case = options.memory_of
+        measure.print_memory_of(name, Case(**json.loads(case)))
+        return
+    result = report.read(options.json) if options.resume and options.json else {"cells": []}
+    result |= {
+        "date": datetime.date.today().isoformat(),
+        "gcl_kernels": __version__,
+        "machine": measure.machine(),
+        "versions": {name: peers.version(name) for name in peers.PEERS},
+    }
+    known = {(cell["peer"], json.dumps({k: cell[k] for k in Case.__dataclass_fields__})) for cell in result["cells"]}
+    for case, names in tqdm(plan(options), unit="case"):
+        if all((name, json.dumps(case.as_dict())) in known for name in names):
+            continue
+        rows = measure.cell_rows(case, names, options.turns, error=not options.no_error)
+        result["cells"] += rows
+        if options.json:
+            report.write_json(options.json, result)
+        tqdm.write(report.table(rows, title=case.title))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What is measured: one call of a loss, its shapes and its inputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
+PASSES = ("forward", "backward", "both")
+DRAWS = ("isotropic", "clustered")
+
+CLUSTER = 16  # rows that share a centre: a query has so many near ties
+
+
+@dataclass(frozen=True)
+class Case:
+    device: str
+    dtype: str
+    n: int
+    m: int
+    d: int
+    directions: str = "both"
+    passes: str = "both"
+    logit_scale: float = 100.0
+    draw: str = "clustered"
+    fields: int = 1  # of the right-hand side
+    ids: bool = False
+
+    @property
+    def flops(self) -> int:
+        """Of the least work without N x M memory, by which rates are counted: 8 N M D, 6 for one direction; 2 forward alone."""
+        least = {"forward": 2, "backward": 6 if self.directions == "both" else 4}
+        return (sum(least.values()) if self.passes == "both" else least[self.passes]) * self.n * self.m * self.d
+
+    @property
+    def title(self) -> str:
+        shape = f"N = {self.n:,}" + (f", M = {self.m:,}" if self.m != self.n else "") + f", D = {self.d:,}"
+        extras = [self.dtype, f"{self.draw}, scale {self.logit_scale:g}"]
+        extras += [self.directions] if self.directions != "both" else []
+        extras += [f"{self.passes} only"] if self.passes != "both" else []
+        extras += [f"{self.fields} fields"] if self.fields > 1 else []
+        return ", ".join([shape, *extras, *["ids"] * self.ids])
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Inputs:
+    lhs: Tensor  # (N, D)
+    rhs: list[Tensor]  # a field each, (M, D)
+    logit_scale: Tensor
+    ids: tuple[Tensor, Tensor] | None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.lhs, *self.rhs, self.logit_scale]
+
+
+def build(case: Case, seed: int = 0) -> Inputs:
+    """Fresh random unit vectors. ``isotropic``: pairs are strangers. ``clustered``: as a half-trained model gives them: rows in
+    clusters of near ties, positives at cosines from 0.3 to 0.9."""
+    g = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize
+    n, m, d = case.n, case.m, case.d
+
+    def noise(rows: int) -> Tensor:
+        return unit(torch.randn(rows, d, generator=g))
+
+    x = noise(n)
+    fields = []
+    if case.draw == "clustered":
+        centres = noise(-(-n // CLUSTER))
+        x = unit(0.7 * centres[torch.arange(n) // CLUSTER] + 0.7 * x)
+    for _ in range(case.fields):
+        y = noise(m)
+        if case.draw == "clustered":
+            pairs = min(n, m)
+            cosine = torch.empty(pairs, 1).uniform_(0.3, 0.9, generator=g)
+            apart = unit(y[:pairs] - (y[:pairs] * x[:pairs]).sum(dim=1, keepdim=True) * x[:pairs])
+            y[:pairs] = cosine * x[:pairs] + (1 - cosine**2).sqrt() * apart
+        fields.append(y)
+    dtype = DTYPES[case.dtype]
+
+    def leaf(v: Tensor) -> Tensor:
+        return v.to(case.device, dtype).requires_grad_()
+
+    scale = torch.tensor(case.logit_scale, device=case.device, dtype=torch.promote_types(dtype, torch.float32))
+    ids = None
+    if case.ids:
+        left = torch.randint(max(n // 4, 1), (n,), generator=g)
+        right = torch.cat([left, torch.randint(max(n // 4, 1), (max(m - n, 0),), generator=g)])[:m]
+        ids = left.to(case.device), right.to(case.device)
+    return Inputs(leaf(x), [leaf(y) for y in fields], scale.requires_grad_(), ids)
+
+
+def product(
+    devices: Sequence[str],
+    dtypes: Sequence[str],
+    ns: Sequence[int],
+    ms: Sequence[int] | None,
+    ds: Sequence[int],
+    directions: Sequence[str],
+    passes: Sequence[str],
+    scales: Sequence[float],
+    draws: Sequence[str],
+    fields: Sequence[int],
+    ids: Sequence[bool],
+) -> list[Case]:
+    return [
+        Case(device, SHORT.get(dtype, dtype), n, m or n, d, direction, which, scale, draw, n_fields, masked)
+        for device in devices
+        for dtype in dtypes
+        for n, m, d in itertools.product(ns, ms or [0], ds)
+        for direction, which in itertools.product(directions, passes)
+        for scale, draw in itertools.product(scales, draws)
+        for n_fields, masked in itertools.product(fields, ids)
+    ]
+
+
+SMALL_N = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def curves(device: str) -> list[tuple[Case, tuple[str, ...]]]:
+    """The scaling curves of a device, each case with its peers: N, D, number of fields, ids, directions, small batches."""
+    cpu = device == "cpu"
+    dtype, other_dtype, n, d, dense_limit = (
+        ("fp32", "bf16", 4096, 512, 16_384) if cpu else ("bf16", "fp32", 32_768, 768, 65_536)
+    )
+    base = Case(device, dtype, n, n, d, logit_scale=100 / 7)
+    ours, beside = ("ours",), ("ours", "open_clip")
+    ns = (*SMALL_N, 8192, 16_384, 32_768, 65_536, *(() if cpu else (131_072, 262_144, 524_288, 1_048_576)))
+    changed = [
+        *(({"n": n, "m": n}, beside if n <= dense_limit else ours) for n in ns),
+        *(({"d": d}, beside) for d in (64, 128, 256, 512, 768, 1024, 1280) if d != base.d),
+        *(({"fields": f}, ours) for f in (2, 3, 4, 6, 8)),
+        ({"ids": True}, ours),
+        ({"directions": "lhs_to_rhs"}, (*ours, "sentence_transformers", "linear_cross_entropy")),
+        ({"passes": "forward"}, beside),
+        ({"dtype": other_dtype}, beside),
+        ({"logit_scale": 100.0}, beside),
+        ({"logit_scale": 100.0, "draw": "isotropic"}, beside),
+    ]
+    return [(replace(base, **change), peers) for change, peers in changed]

@@ -1,0 +1,189 @@
+"""This library and what a user would pick instead, each called as its users call it.
+
+``PEERS[name](case)`` returns a function of ``cases.Inputs`` that gives the loss, or raises :class:`Unsupported` with the reason,
+which is a result: it stands in the peer's cell.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, Inputs
+
+Loss = Callable[[Inputs], Tensor]
+
+
+class Unsupported(Exception):
+    """Why a peer has no figure."""
+
+
+def require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise Unsupported(reason)
+
+
+def package(name: str, module: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module or name)
+    except Exception as error:  # a peer may fail to import in ways of its own; that is its result
+        raise Unsupported(f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
+
+
+def plain(case: Case) -> None:
+    require(case.fields == 1, "has no fields")
+    require(not case.ids, "masks no false negatives")
+
+
+def plain_pairs(case: Case) -> None:
+    plain(case)
+    require(case.n == case.m, "takes M = N only")
+
+
+def on_gpu(case: Case) -> None:
+    require(case.device == "cuda", f"unsupported device: {case.device}")
+
+
+def ours(case: Case) -> Loss:
+    from gcl_kernels import ClipLoss, gcl_loss
+
+    if case.fields == 1 and not case.ids and case.directions == "both" and case.n == case.m:
+        clip = ClipLoss()
+        return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
+
+    def loss(x: Inputs) -> Tensor:
+        rhs = x.rhs[0] if len(x.rhs) == 1 else {str(i): y for i, y in enumerate(x.rhs)}
+        left, right = x.ids or (None, None)
+        return gcl_loss(x.lhs, rhs, x.logit_scale, directions=case.directions, lhs_ids=left, rhs_ids=right)
+
+    return loss
+
+
+def open_clip(case: Case) -> Loss:
+    plain_pairs(case)
+    require(case.directions == "both", "has both directions only")
+    try:
+        from gcl_kernels.training.openclip import import_open_clip
+
+        clip = import_open_clip().ClipLoss()
+    except Exception as error:
+        raise Unsupported(f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
+    return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
+
+
+def open_clip_compiled(case: Case) -> Loss:
+    """The inner function, so that the graph is what a training step under torch.compile has."""
+    eager = open_clip(case)
+    return torch.compile(eager, dynamic=False)
+
+
+def scaled(x: Inputs) -> Tensor:
+    return x.logit_scale * x.lhs
+
+
+def both_directions(case: Case, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """The mean of ``one`` (rows, columns, labels) by rows and by columns; or one of them."""
+    labels = torch.arange(case.n, device=case.device)
+
+    def loss(x: Inputs) -> Tensor:
+        lhs, rhs = scaled(x), x.rhs[0]
+        if case.directions == "lhs_to_rhs":
+            return one(lhs, rhs, labels)
+        if case.directions == "rhs_to_lhs":
+            return one(rhs, lhs, labels)
+        return (one(lhs, rhs, labels) + one(rhs, lhs, labels)) / 2
+
+    return loss
+
+
+def linear_cross_entropy(case: Case) -> Loss:
+    plain(case)
+    require(case.directions == "lhs_to_rhs" or case.n == case.m, "takes M = N only for columns")
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    require(function is not None, f"not in torch {torch.__version__}")
+    return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels))  # pyright: ignore
+
+
+def cut_cross_entropy(case: Case) -> Loss:
+    plain_pairs(case)
+    on_gpu(case)
+    require(case.dtype in ("bf16", "fp16"), "takes bf16 and fp16 only")
+    function = package("cut_cross_entropy").linear_cross_entropy
+    return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels))
+
+
+def liger(case: Case) -> Loss:
+    plain_pairs(case)
+    on_gpu(case)
+    module = package("liger_kernel", "liger_kernel.transformers")
+    loss = module.LigerFusedLinearCrossEntropyLoss()
+    return both_directions(case, lambda rows, columns, labels: loss(columns, rows, labels))
+
+
+def inf_cl(case: Case) -> Loss:
+    plain_pairs(case)
+    on_gpu(case)
+    require(case.d % 256 == 0, "takes D in multiples of 256 only")
+    module = package("inf_cl")
+
+    def loss(x: Inputs) -> Tensor:
+        def one(rows: Tensor, columns: Tensor) -> Tensor:
+            return module.cal_flash_loss(rows, columns, scale=x.logit_scale).mean()
+
+        lhs, rhs = x.lhs, x.rhs[0]
+        if case.directions != "both":
+            return one(lhs, rhs) if case.directions == "lhs_to_rhs" else one(rhs, lhs)
+        return (one(lhs, rhs) + one(rhs, lhs)) / 2
+
+    return loss
+
+
+def sentence_transformers(case: Case) -> Loss:
+    """MultipleNegativesRankingLoss; its model is replaced by one that hands on the embeddings, and its scale is a constant."""
+    plain(case)
+    require(case.directions == "lhs_to_rhs", "one direction only, lhs to rhs")
+    losses = package("sentence_transformers", "sentence_transformers.losses")
+    loss = losses.MultipleNegativesRankingLoss(torch.nn.Identity(), scale=case.logit_scale)
+    return lambda x: loss([{"sentence_embedding": x.lhs}, {"sentence_embedding": x.rhs[0]}], None)
+
+
+def siglip_kernel(case: Case) -> Loss:
+    raise Unsupported("a sigmoid loss, which this library does not have: nothing to set beside it")
+
+
+PEERS: dict[str, Callable[[Case], Loss]] = {
+    "ours": ours,
+    "open_clip": open_clip,
+    "open_clip_compiled": open_clip_compiled,
+    "linear_cross_entropy": linear_cross_entropy,
+    "cut_cross_entropy": cut_cross_entropy,
+    "liger": liger,
+    "inf_cl": inf_cl,
+    "sentence_transformers": sentence_transformers,
+    "siglip_kernel": siglip_kernel,
+}
+PACKAGES = {
+    "ours": "gcl_kernels",
+    "open_clip": "open_clip_torch",
+    "open_clip_compiled": "open_clip_torch",
+    "linear_cross_entropy": "torch",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "liger": "liger-kernel",
+    "inf_cl": "inf-cl",
+    "sentence_transformers": "sentence-transformers",
+    "siglip_kernel": "siglip-kernel",
+}
+# Peers whose logits are in memory: copies of N x M alive at their peak, in the logits' dtype.
+DENSE_COPIES = {"open_clip": 5, "open_clip_compiled": 4, "sentence_transformers": 4}
+
+
+def version(peer: str) -> str | None:
+    try:
+        return importlib.metadata.version(PACKAGES[peer])
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,160 @@
+"""The benchmark's own arithmetic: its oracle, its counts, its files. Never its times."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reference
+from bench import __main__ as command
+from bench import cases, measure, oracle, peers, report
+
+
+@pytest.mark.parametrize("directions", list(cases.DIRECTIONS))
+@pytest.mark.parametrize(("n", "m"), [(37, 37), (23, 40)])
+def test_the_oracle_is_the_reference(n, m, directions, monkeypatch):
+    monkeypatch.setattr(oracle, "CHUNK_BYTES", 8 * m * 10)  # several chunks, the last one ragged
+    case = cases.Case("cpu", "fp64", n, m, 19, directions, logit_scale=17.0)
+    inputs = cases.build(case)
+    leaves = inputs.leaves
+    exact = oracle.loss_and_gradients(*leaves, cases.DIRECTIONS[directions])
+    loss = reference.gcl_loss(*leaves, directions=directions)
+    for got, want in zip(exact, (loss, *torch.autograd.grad(loss, leaves)), strict=True):
+        assert oracle.relative_error(got, want.detach()) < 1e-10
+
+
+@pytest.mark.parametrize("draw", cases.DRAWS)
+def test_inputs_are_unit_vectors_never_alike(draw):
+    case = cases.Case("cpu", "fp32", 200, 230, 64, draw=draw, fields=2)
+    inputs = cases.build(case)
+    lhs, rhs = inputs.lhs.detach(), [y.detach() for y in inputs.rhs]
+    for x in (lhs, *rhs):
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(len(x)))
+        assert len(x.unique(dim=0)) == len(x)
+    positives = (lhs * rhs[0][:200]).sum(dim=1)
+    negatives = lhs @ lhs.T - 2 * torch.eye(200)
+    if draw == "clustered":
+        assert 0.299 < float(positives.min()) < 0.4 < float(positives.mean()) < 0.7 < float(positives.max()) < 0.901
+        assert float((negatives > 0.3).sum(dim=1).float().mean()) > 10  # near ties
+    else:
+        assert float(positives.abs().mean()) < 0.2
+
+
+def test_counts_of_the_least_work():
+    case = cases.Case("cpu", "fp32", 3, 5, 7)
+    assert case.flops == 8 * 105
+    assert replace(case, directions="lhs_to_rhs").flops == 6 * 105
+    assert replace(case, passes="forward").flops == 2 * 105
+    assert replace(case, passes="backward").flops == 6 * 105
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One turn, no fresh process, a matrix product in no time."""
+    monkeypatch.setattr(measure, "GEMM_SECONDS", 1e-4)
+    monkeypatch.setattr(measure, "cpu_extra_mib", lambda case, peer: 1.5)
+    monkeypatch.setattr(measure, "gemm", lambda case: lambda: 1e-9)
+
+
+def test_a_run_measures_every_peer_or_says_why_not(quick, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    names = "open_clip,linear_cross_entropy,liger,inf_cl,siglip_kernel"
+    arguments = ["--device", "cpu", "--n", "48", "--d", "16", "--peers", names, "--turns", "2", "--json", str(path)]
+    command.main(arguments)
+    result = json.loads(path.read_text())
+    cells = {(c["peer"], c["logit_scale"]): c for c in result["cells"]}
+    assert len(cells) == 12
+    for peer in ("ours", "open_clip"):
+        cell = cells[peer, 100.0]
+        assert len(cell["seconds"]) == 2
+        assert cell["extra_mib"] == 1.5
+        assert cell["tflops"] > 0
+        assert all(0 <= cell["error"][k] < 1e-4 for k in ("loss", "lhs", "rhs", "logit_scale"))
+    assert set(cells["ours", 100.0]["over"]) >= {"open_clip"}
+    for peer in ("liger", "inf_cl"):
+        assert cells[peer, 100.0]["reason"] == "unsupported device: cpu"
+    assert "sigmoid" in cells["siglip_kernel", 100.0]["reason"]
+    assert "unsupported device: cpu" in report.table(result["cells"], "title")
+
+    command.main([*arguments, "--resume"])
+    assert json.loads(path.read_text())["cells"] == result["cells"]  # nothing was measured again
+
+
+def test_errors_show_a_wrong_gradient(quick, monkeypatch):
+    case = cases.Case("cpu", "fp32", 48, 48, 16)
+    right = peers.PEERS["ours"](case)
+    monkeypatch.setitem(peers.PEERS, "ours", lambda case: lambda x: right(x) + 1e-3 * x.lhs.sum())
+    (row,) = measure.cell_rows(case, ["ours"], 1, error=True)
+    assert row["error"]["lhs"] > 1e-3 > 1e-5 > row["error"]["rhs"]
+
+
+def test_failures_are_results(quick, monkeypatch):
+    def fails(error):
+        def make(case):
+            def loss(inputs):
+                raise error
+
+            return loss
+
+        return make
+
+    case = cases.Case("cpu", "fp32", 16, 16, 8)
+    monkeypatch.setitem(peers.PEERS, "liger", fails(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setitem(peers.PEERS, "inf_cl", fails(RuntimeError("no kernel\nfor this")))
+    monkeypatch.setattr(measure, "available_gib", lambda: 1e-9)
+    rows = {
+        row["peer"]: row for row in measure.cell_rows(case, ["ours", "liger", "inf_cl", "open_clip"], 1, error=True)
+    }
+    assert rows["liger"]["reason"] == "out of memory"
+    assert rows["inf_cl"]["reason"] == "RuntimeError: no kernel"
+    assert rows["open_clip"]["reason"].startswith("out of memory: its logits need")
+    assert rows["ours"]["seconds"]
+
+
+def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
+    def cell(peer, seconds, **changes):
+        case = replace(cases.Case("cpu", "fp32", 256, 256, 512), **changes)
+        over = {"open_clip": 2.0} if peer == "ours" else None
+        return {**case.as_dict(), "peer": peer, "version": "1", "seconds": [seconds] * 3, "reason": None, "over": over,
+                "tflops": 1.0, "of_gemm": 0.9, "gemm_tflops": 0.2, "extra_mib": 10.0, "error": {"loss": 1e-7}}  # fmt: skip
+
+    cells = [cell(p, 0.1 * n, n=n, m=n) for n in (256, 512) for p in ("ours", "open_clip")]
+    cells += [cell("ours", 0.1, d=64), cell("ours", 0.1, fields=4), cell("ours", 0.1, ids=True)]
+    machine = {"threads": 2, "cpu": "a CPU", "capability": "AVX2", "torch": "2", "gpu": None}
+    result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
+    report.draw(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "| 512 | 51.2 s | 51.2 s | 2.00x | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
+    text = report.bench_readme({"run.json": result})
+    assert "## run" in text
+    assert "N = 256, D = 64" in text
+    assert report.read(tmp_path / "absent.json") == {"cells": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "many"], "expected numbers separated by commas, got 'many'"),
+        (["--dtype", "fp8"], "expected among fp64"),
+        (["--n", "-1"], "expected numbers >= 0"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_microbenchmarks_run(monkeypatch):
+    """Each once, at a size that takes no time; a name that the backends no longer have fails here."""
+    from bench import test_torch_backend as suite
+
+    monkeypatch.setattr(suite, "N", 96)
+    inputs = cases.build(cases.Case("cpu", "fp32", 96, 96, 32))
+    problem = inputs.lhs.detach(), inputs.rhs[0].detach(), inputs.logit_scale.detach()
+    run = lambda function, *args, **kwargs: function(*args, **kwargs)  # noqa: E731
+    for step in ("forward", "backward"):
+        suite.test_tile(run, problem, step, (64, 32))
+    suite.test_workspace_budget(run, problem, 8, monkeypatch)
+    suite.test_aggregation(run, 2)
