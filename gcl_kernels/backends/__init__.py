@@ -17,6 +17,15 @@ A third function is optional; without it the cases that could cost 6 N M D cost 
 need_scale) -> (row, col, positive, dlhs, drhs, dscale)``
     both passes at once where the upstream gradients are known beforehand; None for g_row or g_col: direction not wanted.
 
+Field aggregation (``fields.aggregate_fields``) is plain PyTorch everywhere but in Triton, which has two functions for it:
+
+``aggregate_fields(fields, weights, mask, normalize_fields, normalize) -> (out, inverse_norms)``
+    fields: F tensors (N, D) of one dtype; weights: F floats that sum to 1; mask None or (N, F) bool. Returns (N, D) in the
+    fields' dtype and (N, F + 1) float32 for the backward: 1 / |x_f| of each row and field, then 1 / |mean|; 0 for 0.
+
+``aggregate_fields_backward(fields, weights, mask, normalize_fields, normalize, inverse_norms, g, need) -> gradients``
+    g (N, D); a list of F tensors (N, D), empty where ``need[f]`` is False.
+
 Statistics travel in float64 although tiles are float32: at logit_scale 100 a float32 ``row`` near 100 is known to 4e-6
 only, which is the whole loss of a well-trained row. O(N + M) numbers cost nothing.
 """
@@ -33,6 +42,8 @@ import torch
 NAMES = ("torch", "triton")
 WITH_GRADIENT = ("torch",)  # backends that have forward_with_gradient
 DEFAULT_WORKSPACE_MIB = 256
+# Up to so many fields up to so wide: rows of all fields that a kernel holds in registers. No embedding in use is wider.
+FIELDS_AND_WIDTH = ((4, 8192), (8, 4096))
 
 
 def _has_triton() -> bool:
@@ -61,6 +72,15 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if name == "triton" and not HAS_TRITON:
         raise ValueError("backend: expected an installed one, got 'triton', which cannot be imported here")
     return name
+
+
+def choose_for_fields(name: str | None, device: torch.device, dtype: torch.dtype, n_fields: int, d: int) -> str:
+    """As ``choose``; what no kernel takes goes to torch unless a backend was named."""
+    return choose(name if name or fields_fit(n_fields, d) else "torch", device, dtype)
+
+
+def fields_fit(n_fields: int, d: int) -> bool:
+    return any(n_fields <= most and d <= widest for most, widest in FIELDS_AND_WIDTH)
 
 
 def architecture(device: torch.device) -> str | tuple[int, int]:

@@ -98,6 +98,25 @@ SQUARE_86 = Tile(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
 # buffers of 32 KB.
 SQUARE_942 = Tile(128, 128, 64, 8, 2)
 
+
+@dataclass(frozen=True)
+class RowBlock:
+    """How a kernel over whole rows (``fields``) is launched: rows of every field, held in registers."""
+
+    rows: int
+    d: int  # a power of two, D or more
+    warps: int
+
+
+def row_block(n_fields: int, d: int) -> RowBlock:
+    """Of each field, two 16-byte loads of half precision a thread, so that few warps keep much in flight; with over four fields
+    one. A thread then holds 64 numbers of its inputs at most, up to 16 warps: the mean, the gradient and addresses fit beside
+    them (``backends.FIELDS_AND_WIDTH``). Rows narrower than a warp's share it."""
+    block_d = 2 ** (d - 1).bit_length()
+    one_warp = 32 * (16 if n_fields <= 4 else 8)
+    return RowBlock(max(one_warp // block_d, 1), block_d, max(block_d // one_warp, 1))
+
+
 FAMILIES = {
     family.name: family
     for family in (

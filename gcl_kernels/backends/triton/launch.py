@@ -166,6 +166,19 @@ def backward(
     )
 
 
+def check_dtype_and_device(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: expected bfloat16, float16 or float32 for backend 'triton', got {str(x.dtype)[6:]}; "
+            "backend 'torch' takes it"
+        )
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"{name}: expected a CUDA or HIP tensor for backend 'triton', got one on {x.device}; set TRITON_INTERPRET=1 "
+            "before importing triton to run the kernels in its interpreter, or use backend 'torch'"
+        )
+
+
 @dataclass
 class Problem:
     """The inputs as the kernels read them."""
@@ -182,16 +195,7 @@ class Problem:
 
     @classmethod
     def of(cls, lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, config: Config | None) -> Problem:
-        if lhs.dtype not in DTYPES:
-            raise ValueError(
-                f"lhs: expected bfloat16, float16 or float32 for backend 'triton', got {str(lhs.dtype)[6:]}; "
-                "backend 'torch' takes it"
-            )
-        if lhs.device.type != "cuda" and not INTERPRETED:
-            raise ValueError(
-                f"lhs: expected a CUDA or HIP tensor for backend 'triton', got one on {lhs.device}; set TRITON_INTERPRET=1 "
-                "before importing triton to run the kernels in its interpreter, or use backend 'torch'"
-            )
+        check_dtype_and_device("lhs", lhs)
         precision = input_precision(lhs.dtype)
         if config is None:
             config = select(lhs.device, lhs.dtype, lhs.shape[1], precision)
