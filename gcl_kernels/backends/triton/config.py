@@ -108,13 +108,11 @@ class RowBlock:
     warps: int
 
 
-def row_block(n_fields: int, d: int) -> RowBlock:
-    """Of each field, two 16-byte loads of half precision a thread, so that few warps keep much in flight; with over four fields
-    one. A thread then holds 64 numbers of its inputs at most, up to 16 warps: the mean, the gradient and addresses fit beside
-    them (``backends.FIELDS_AND_WIDTH``). Rows narrower than a warp's share it."""
+def row_block(d: int) -> RowBlock:
+    """Of each field, 8 numbers a thread: one 16-byte load of half precision. Over 16 warps a thread's share of the registers is
+    too small for that, hence 16 numbers at D = 8192 (``backends.FIELDS_AND_WIDTH``). Rows narrower than a warp share it."""
     block_d = 2 ** (d - 1).bit_length()
-    one_warp = 32 * (16 if n_fields <= 4 else 8)
-    return RowBlock(max(one_warp // block_d, 1), block_d, max(block_d // one_warp, 1))
+    return RowBlock(max(256 // block_d, 1), block_d, min(max(block_d // 256, 1), 16))
 
 
 FAMILIES = {

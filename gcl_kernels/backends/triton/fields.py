@@ -83,6 +83,15 @@ def inverse_norm(b_x):
 
 
 @triton.jit
+def load_norms(p_norms, m_row, N_NORMS: tl.constexpr):
+    """Each row's inverse norms, before anything is stored: a load behind a store would wait for it."""
+    b_norms = ()
+    for k in tl.static_range(N_NORMS):
+        b_norms = b_norms + (tl.load(p_norms + k, mask=m_row, other=0.0),)
+    return b_norms
+
+
+@triton.jit
 def off(b_g, b_unit):
     """The part of g that is orthogonal to a unit vector: what normalising a vector lets through of its gradient."""
     return b_g - b_unit * tl.sum(b_unit * b_g, 1)[:, None]
@@ -149,27 +158,24 @@ def aggregate_backward(
     N_FIELDS: tl.constexpr = len(fields)
     o_row, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     m_out = (o_row < n)[:, None] & (o_d < d)[None, :]
-    b_g = tl.load(addresses(p_g, g_strides, o_row, o_d), mask=m_out, other=0.0)
+    b_norms = load_norms(p_inverse_norms + o_row.to(tl.int64) * (N_FIELDS + 1), o_row < n, N_FIELDS + 1)
     b_fields, m_fields = load_fields(fields, strides, p_mask, mask_strides, o_row, o_d, n, d, HAS_MASK)
+    b_g = tl.load(addresses(p_g, g_strides, o_row, o_d), mask=m_out, other=0.0)
     b_shares = shares(weights, m_fields, HAS_MASK)
-    p_norms = p_inverse_norms + o_row.to(tl.int64) * (N_FIELDS + 1)
     b_g = b_g.to(tl.float32)
     if NORMALIZE:
         b_total = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for f in tl.static_range(N_FIELDS):
-            b_factor = b_shares[f]
-            if NORMALIZE_FIELDS:
-                b_factor *= tl.load(p_norms + f, mask=o_row < n, other=0.0)
+            b_factor = b_shares[f] * b_norms[f] if NORMALIZE_FIELDS else b_shares[f]
             b_total += b_factor[:, None] * b_fields[f].to(tl.float32)
-        b_inverse = tl.load(p_norms + N_FIELDS, mask=o_row < n, other=0.0)[:, None]
+        b_inverse = b_norms[N_FIELDS][:, None]
         b_g = off(b_g, b_total * b_inverse) * b_inverse
     for f in tl.static_range(N_FIELDS):
         if NEED[f]:
             b_dx, b_factor = b_g, b_shares[f]
             if NORMALIZE_FIELDS:
-                b_inverse = tl.load(p_norms + f, mask=o_row < n, other=0.0)
-                b_dx = off(b_g, b_fields[f].to(tl.float32) * b_inverse[:, None])
-                b_factor *= b_inverse
+                b_dx = off(b_g, b_fields[f].to(tl.float32) * b_norms[f][:, None])
+                b_factor *= b_norms[f]
             b_dx = tl.where(m_fields[f][:, None], b_dx * b_factor[:, None], 0.0)  # not 0 * NaN
             p_dx = addresses(gradients[f], (d, 1), o_row, o_d)
             tl.store(p_dx, b_dx.to(gradients[f].dtype.element_ty), mask=m_out)
@@ -198,7 +204,9 @@ def aggregate_fields_backward(
 ) -> list[Tensor]:
     """See ``backends``."""
     kind = fields[0].dtype
-    gradients = [x.new_empty(x.shape if needed else 0, dtype=stored(kind)) for x, needed in zip(fields, need, strict=True)]
+    gradients = [
+        x.new_empty(x.shape if needed else 0, dtype=stored(kind)) for x, needed in zip(fields, need, strict=True)
+    ]
     launch(
         aggregate_backward, fields, weights, mask, normalize_fields, normalize, inverse_norms,
         p_g=g, g_strides=g.stride(), gradients=tuple(gradients), NEED=tuple(need),
@@ -224,7 +232,7 @@ def launch(
         raise ValueError(
             f"fields: expected at most {limits} for backend 'triton', got {len(fields)} of D = {d}; backend 'torch' takes them"
         )
-    block = row_block(len(fields), d)
+    block = row_block(d)
     with on_device(fields[0]):
         run(
             kernel,
