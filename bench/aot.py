@@ -220,7 +220,8 @@ def build(case: Case) -> triton.compiler.CompiledKernel:
     else:
         types, constants = {}, {"BLOCK_TILES": launch.MERGE_TILES, "BLOCK_LINES": launch.MERGE_LINES, "num_warps": 4}
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    signature, attributes, literals = {}, {}, dict(constants)
+    signature, attributes = {}, {}
+    literals: dict[Any, Any] = dict(constants)
 
     def declare(kind: Any, path: tuple[int, ...]) -> Any:
         """The compiler's word for an argument's type, which is "type", "type:16" (a multiple of 16), "type:1" (always 1), or

@@ -18,7 +18,7 @@ Names as in ``kernels``. What belongs to several fields is a tuple: of pointers,
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def load_fields(fields, strides, p_mask, mask_strides, o_row, o_d, n, d, HAS_MAS
         if HAS_MASK:
             p_present = p_mask + o_row.to(tl.int64) * mask_strides[0] + f * mask_strides[1]
             m_present = m_row & (tl.load(p_present, mask=m_row, other=0) != 0)
-        m_fields = m_fields + (m_present,)
+        m_fields += (m_present,)
     for f in tl.static_range(len(fields)):
         m_x = m_fields[f][:, None] & (o_d < d)[None, :]
-        b_fields = b_fields + (tl.load(addresses(fields[f], strides[f], o_row, o_d), mask=m_x, other=0.0),)
+        b_fields += (tl.load(addresses(fields[f], strides[f], o_row, o_d), mask=m_x, other=0.0),)
     return b_fields, m_fields
 
 
@@ -64,14 +64,14 @@ def shares(weights, m_fields, HAS_MASK: tl.constexpr):
     b_shares = ()
     b_present = tl.zeros(m_fields[0].shape, tl.float32)
     for f in tl.static_range(len(weights)):
-        b_shares = b_shares + (tl.where(m_fields[f], weights[f], 0.0),)
+        b_shares += (tl.where(m_fields[f], weights[f], 0.0),)
         b_present += b_shares[f]
     if not HAS_MASK:  # the weights already sum to 1
         return b_shares
     b_present = tl.where(b_present > 0, b_present, 1.0)
     b_parts = ()
     for f in tl.static_range(len(weights)):
-        b_parts = b_parts + (b_shares[f] / b_present,)
+        b_parts += (b_shares[f] / b_present,)
     return b_parts
 
 
@@ -87,7 +87,7 @@ def load_norms(p_norms, m_row, N_NORMS: tl.constexpr):
     """Each row's inverse norms, before anything is stored: a load behind a store would wait for it."""
     b_norms = ()
     for k in tl.static_range(N_NORMS):
-        b_norms = b_norms + (tl.load(p_norms + k, mask=m_row, other=0.0),)
+        b_norms += (tl.load(p_norms + k, mask=m_row, other=0.0),)
     return b_norms
 
 
