@@ -21,7 +21,8 @@ Field aggregation (``fields.aggregate_fields``) is plain PyTorch everywhere but 
 
 ``aggregate_fields(fields, weights, mask, normalize_fields, normalize) -> (out, inverse_norms)``
     fields: F tensors (N, D) of one dtype; weights: F floats that sum to 1; mask None or (N, F) bool. Returns (N, D) in the
-    fields' dtype and (N, F + 1) float32 for the backward: 1 / |x_f| of each row and field, then 1 / |mean|; 0 for 0.
+    fields' dtype and (N, F + 1) float32 for the backward: 1 / |x_f| of each row and field, then 1 / |mean|; 0 for 0,
+    1 where nothing is normalised.
 
 ``aggregate_fields_backward(fields, weights, mask, normalize_fields, normalize, inverse_norms, g, need) -> gradients``
     g (N, D); a list of F tensors (N, D), empty where ``need[f]`` is False.

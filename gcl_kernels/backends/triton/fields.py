@@ -6,9 +6,9 @@ A program holds whole rows of every field in registers (``config.row_block``): a
 is waited for, norms and sums follow without a second look at memory. Bytes, of s a number: forward (F + 1) N D s, backward
 (2 F + 1) N D s, where plain PyTorch moves three float32 copies of a field and direction.
 
-The forward leaves 1 / |x_f| and 1 / |t| of each row, float32, with 0 for a norm of 0: multiplied by it, a vector without a
-direction stays zero and its gradient is zero, in straight-line code. The backward makes t again from the fields, in float32:
-the output is rounded, and projecting a gradient off it would leave that rounding in the result.
+The forward leaves 1 / |x_f| and 1 / |t| of each row in float32, 0 for a norm of 0, 1 where nothing is normalised. Multiplied by
+it, a vector without a direction stays zero and so does its gradient, in straight-line code. The backward makes t again from the
+fields, in float32: the output is rounded, and projecting a gradient off it would leave that rounding in the result.
 
     dt   = (g - out <out, g>) / |t|
     dx_f = share_f (dt - y_f <y_f, dt>) / |x_f|        y_f = x_f / |x_f|
@@ -76,8 +76,10 @@ def shares(weights, m_fields, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def inverse_norm(b_x):
-    """1 / |x| of each row, 0 for a zero row; a NaN stays one."""
+def inverse_norm(b_x, NORMALIZE: tl.constexpr):
+    """What normalising multiplies each row by: 1 / |x|, 0 for a zero row; a NaN stays one. 1 where nothing is normalised."""
+    if not NORMALIZE:
+        return tl.full((b_x.shape[0],), 1.0, tl.float32)
     b_square = tl.sum(b_x * b_x, 1)
     return tl.where(b_square == 0, 0.0, 1.0 / tl.sqrt_rn(b_square))
 
@@ -121,16 +123,13 @@ def aggregate_forward(
     p_norms = p_inverse_norms + o_row.to(tl.int64) * (N_FIELDS + 1)
     b_total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for f in tl.static_range(N_FIELDS):
-        b_x, b_factor = b_fields[f].to(tl.float32), b_shares[f]
-        if NORMALIZE_FIELDS:
-            b_inverse = inverse_norm(b_x)
-            tl.store(p_norms + f, b_inverse, mask=o_row < n)
-            b_factor *= b_inverse
-        b_total += b_factor[:, None] * b_x
-    if NORMALIZE:
-        b_inverse = inverse_norm(b_total)
-        tl.store(p_norms + N_FIELDS, b_inverse, mask=o_row < n)
-        b_total *= b_inverse[:, None]
+        b_x = b_fields[f].to(tl.float32)
+        b_inverse = inverse_norm(b_x, NORMALIZE_FIELDS)
+        tl.store(p_norms + f, b_inverse, mask=o_row < n)
+        b_total += (b_shares[f] * b_inverse)[:, None] * b_x
+    b_inverse = inverse_norm(b_total, NORMALIZE)
+    tl.store(p_norms + N_FIELDS, b_inverse, mask=o_row < n)
+    b_total *= b_inverse[:, None]
     m_out = (o_row < n)[:, None] & (o_d < d)[None, :]
     tl.store(addresses(p_out, (d, 1), o_row, o_d), b_total.to(p_out.dtype.element_ty), mask=m_out)
 
@@ -166,17 +165,14 @@ def aggregate_backward(
     if NORMALIZE:
         b_total = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for f in tl.static_range(N_FIELDS):
-            b_factor = b_shares[f] * b_norms[f] if NORMALIZE_FIELDS else b_shares[f]
-            b_total += b_factor[:, None] * b_fields[f].to(tl.float32)
+            b_total += (b_shares[f] * b_norms[f])[:, None] * b_fields[f].to(tl.float32)
         b_inverse = b_norms[N_FIELDS][:, None]
         b_g = off(b_g, b_total * b_inverse) * b_inverse
     for f in tl.static_range(N_FIELDS):
         if NEED[f]:
-            b_dx, b_factor = b_g, b_shares[f]
-            if NORMALIZE_FIELDS:
-                b_dx = off(b_g, b_fields[f].to(tl.float32) * b_norms[f][:, None])
-                b_factor *= b_norms[f]
-            b_dx = tl.where(m_fields[f][:, None], b_dx * b_factor[:, None], 0.0)  # not 0 * NaN
+            b_dx = off(b_g, b_fields[f].to(tl.float32) * b_norms[f][:, None]) if NORMALIZE_FIELDS else b_g
+            b_dx *= (b_shares[f] * b_norms[f])[:, None]
+            b_dx = tl.where(m_fields[f][:, None], b_dx, 0.0)  # not 0 * NaN
             p_dx = addresses(gradients[f], (d, 1), o_row, o_d)
             tl.store(p_dx, b_dx.to(gradients[f].dtype.element_ty), mask=m_out)
 
