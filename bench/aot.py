@@ -131,7 +131,7 @@ class Case:
             tile = self.tile
             return f"{tile.rows}x{tile.cols}x{tile.d} w{tile.warps} s{tile.stages}"
         if self.of_fields:
-            block = row_block(self.d)
+            block = row_block(self.d, self.family.target[2])
             return f"{block.rows}x{block.d} w{block.warps}"
         return f"{launch.MERGE_TILES}x{launch.MERGE_LINES} w4"
 
@@ -177,10 +177,9 @@ class Report:
             if counts["load1-2"]:
                 found.append(f"{counts['load1-2']} loads of 1 or 2 bytes")
         if self.case.of_fields and self.case.field_options["aligned"]:
-            # one-byte loads are the mask's, four-byte loads the norms'; 64 lanes that share 8 fields' numbers have 8 bytes each
-            wide = counts["load16"] + (counts["load8"] if family.target[0] == "hip" else 0)
-            narrow = counts["load1-2"] if not self.case.field_options["HAS_MASK"] else 0
-            if not wide or narrow:
+            # loads of one byte are the mask's, of four the norms'
+            narrow = counts["load8"] + (0 if self.case.field_options["HAS_MASK"] else counts["load1-2"])
+            if narrow or not counts["load16"]:
                 found.append("narrow loads")
         return found
 
@@ -281,7 +280,7 @@ def field_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         "weights": ("fp32",) * n_fields,
     }
     constants = {
-        **fields.block_constants(row_block(case.d)),
+        **fields.block_constants(row_block(case.d, case.family.target[2])),
         **{name: options[name] for name in ("HAS_MASK", "NORMALIZE_FIELDS", "NORMALIZE")},
         **({"NEED": (True,) * n_fields} if case.kernel == "aggregate_backward" else {}),
     }

@@ -97,6 +97,9 @@ SQUARE_86 = Tile(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
 # CDNA3, 64 KB of LDS, 64 threads a wave, 512 registers a thread: 8 waves share 128 x 128; the AMD pipeliner keeps stages - 1
 # buffers of 32 KB.
 SQUARE_942 = Tile(128, 128, 64, 8, 2)
+# float32 in three passes of bfloat16: splitting the operands is ordinary arithmetic, which the products of a second block (of
+# 32 KB) hide.
+SPLIT_942 = Tile(128, 64, 32, 8, 2, one_exponential=False)
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,11 @@ class RowBlock:
     warps: int
 
 
-def row_block(d: int) -> RowBlock:
+def row_block(d: int, lanes: int) -> RowBlock:
     """Of each field, 8 numbers a thread: one 16-byte load of half precision. Over 16 warps a thread's share of the registers is
     too small for that, hence 16 numbers at D = 8192 (``backends.FIELDS_AND_WIDTH``). Rows narrower than a warp share it."""
-    block_d = 2 ** (d - 1).bit_length()
-    return RowBlock(max(256 // block_d, 1), block_d, min(max(block_d // 256, 1), 16))
+    block_d, one_warp = 2 ** (d - 1).bit_length(), 8 * lanes
+    return RowBlock(max(one_warp // block_d, 1), block_d, min(max(block_d // one_warp, 1), 16))
 
 
 FAMILIES = {
@@ -158,7 +161,7 @@ FAMILIES = {
             ("hip", "gfx942", 64),
             64 * 1024,
             half=everywhere(SQUARE_942),
-            tf32=everywhere(IEEE),
+            tf32=everywhere(SPLIT_942),
             ieee=everywhere(IEEE),
         ),
     )

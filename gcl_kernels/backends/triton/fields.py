@@ -228,7 +228,7 @@ def launch(
         raise ValueError(
             f"fields: expected at most {limits} for backend 'triton', got {len(fields)} of D = {d}; backend 'torch' takes them"
         )
-    block = row_block(d)
+    block = row_block(d, lanes=64 if torch.version.hip else 32)
     with on_device(fields[0]):
         run(
             kernel,
