@@ -44,7 +44,7 @@ TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp3
 PRECISIONS = {"cuda": ("ieee", "tf32", "tf32x3"), "hip": ("ieee", "bf16x3")}
 
 # The options that change machine code; the first is what CLIP training runs, and what has to be free of spills on every chip.
-FORWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "WANT_ROW": True, "WANT_COL": True}
+FORWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "WANT_ROW": True, "WANT_COL": True, "KEEP": False}
 BACKWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "HAS_ROW": True, "HAS_COL": True}
 VARIANTS = {
     "": {},
@@ -54,6 +54,8 @@ VARIANTS = {
     "ids+labels": {"LABELS": 3, "CHANNELS": 2},
     "rows only": {"WANT_COL": False, "HAS_COL": False},
     "columns only": {"WANT_ROW": False, "HAS_ROW": False},
+    "rows kept": {"WANT_COL": False, "KEEP": True},  # of the forward: one direction in one pass
+    "columns kept": {"WANT_ROW": False, "KEEP": True},
     "D tail": {"WHOLE_D": False},
 }
 
@@ -75,6 +77,7 @@ POINTERS = {
     "p_lhs_ids": "*i32",
     "p_rhs_ids": "*i32",
     "p_total": "*fp64",
+    "p_skip": "*i32",
 }
 # what ``launch.operand`` guarantees, and the compiler is told at launch: multiples of 16
 ALIGNED_SIZES = (
@@ -82,6 +85,7 @@ ALIGNED_SIZES = (
     "lhs_stride",
     "rhs_stride",
     "gradient_stride",
+    "kept_stride",
     "row_line_stride",
     "col_line_stride",
     "lhs_ids_stride",
@@ -114,7 +118,7 @@ class Case:
     def tile(self) -> Tile:
         options = VARIANTS[self.variant]
         masked = options.get("CHANNELS", 0) > 0 or options.get("LABELS", 0) > 1
-        return self.config.tile(self.kernel == "backward_tile", masked)
+        return self.config.tile(self.kernel == "backward_tile" or "kept" in self.variant, masked)
 
     @property
     def config(self) -> Config:
@@ -203,7 +207,11 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
                         yield case
                         next_d = dimensions[position + 1] if position + 1 < len(dimensions) else math.inf
                         if next_d == math.inf or replace(case, d=int(next_d)).config != case.config:
-                            yield from (replace(case, variant=v) for v in VARIANTS if v)
+                            yield from (
+                                replace(case, variant=v)
+                                for v in VARIANTS
+                                if v and (kernel == "forward_tile" or "kept" not in v)
+                            )
             for kernel in ("aggregate_forward", "aggregate_backward"):
                 yield from (Case(family, kernel, dtype, d) for d in dimensions)
                 yield from (Case(family, kernel, dtype, dimensions[-1], v) for v in FIELD_VARIANTS if v)
@@ -246,7 +254,8 @@ def tile_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     tile, descriptors, backward = case.tile, case.config.descriptors, case.kernel == "backward_tile"
     element = TYPE_NAMES[case.dtype]
     blocks = {"lhs": (tile.rows, tile.d), "rhs": (tile.cols, tile.d), "gradient": (tile.rows, tile.stored_cols)}
-    options = {**(BACKWARD_OPTIONS if backward else FORWARD_OPTIONS), **({"HALVES": tile.halves} if backward else {})}
+    blocks["kept"] = blocks["gradient"]
+    options = {**(BACKWARD_OPTIONS if backward else FORWARD_OPTIONS), "HALVES": tile.halves}
     names = {*options, "WHOLE_D"}
     constants = {
         **launch.tile_constants(tile, descriptors, case.d),
@@ -260,6 +269,8 @@ def tile_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         **{name: f"tensordesc<{element}{list(b)}>" if descriptors else f"*{element}:16" for name, b in blocks.items()},
         **dict.fromkeys(ALIGNED_SIZES, "i32:16"),
     }
+    if not constants.get("KEEP"):
+        types["kept"] = "*fp32:16"  # what stands in for it
     return types, constants
 
 

@@ -5,6 +5,6 @@ launches; ``fields`` aggregates fields; ``config`` holds the shapes of tiles and
 """
 
 from .fields import aggregate_fields, aggregate_fields_backward
-from .launch import backward, forward
+from .launch import backward, forward, forward_with_gradient
 
-__all__ = ["forward", "backward", "aggregate_fields", "aggregate_fields_backward"]
+__all__ = ["forward", "backward", "forward_with_gradient", "aggregate_fields", "aggregate_fields_backward"]
