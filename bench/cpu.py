@@ -167,7 +167,7 @@ def table(result: dict) -> str:
         dense = f"{seconds['open_clip']:.3g} s" if "open_clip" in seconds else "not run"
         faster = f"{row['speedup']:.2f}x" if "speedup" in row else ""
         memory = [extra.get((name, n), "") for name in ("ours", "open_clip")]
-        keeps = gradient_in_one_pass("torch", n, n, both=True, device=torch.device("cpu"))
+        keeps = gradient_in_one_pass("torch", n, n, both=True, device=torch.device("cpu"), dtype=torch.float32)
         fraction = f"({row['fraction_of_gemm']:.0%})" if keeps else f"{row['fraction_of_gemm']:.0%}"
         lines.append(
             f"| {n:,} | {seconds['ours']:.3g} s | {dense} | {faster} | {fraction} | {memory[0]} | {memory[1]} |"

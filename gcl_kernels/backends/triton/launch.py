@@ -333,14 +333,18 @@ def add_positives(entry: Tensor, labels: Tensor | None, p: Problem, d_lhs: Tenso
     entry = entry.to(torch.float32)
     for rows in slices(p.n, 4096):
         x = p.lhs[rows]
-        for label in range(entry.shape[1]):
-            share = entry[rows, label, None]
-            column = rows if labels is None else labels[rows, label].clamp(min=0)
+        for position in range(entry.shape[1]):
+            share = entry[rows, position, None]
+            if labels is None:
+                if d_lhs is not None:
+                    d_lhs[rows] += share * p.rhs[rows]
+                if d_rhs is not None:
+                    d_rhs[rows] += share * x
+                continue
+            column = labels[rows, position].clamp(min=0)
             if d_lhs is not None:
                 d_lhs[rows] += share * p.rhs[column]
-            if d_rhs is not None and labels is None:
-                d_rhs[column] += share * x
-            elif d_rhs is not None:
+            if d_rhs is not None:
                 d_rhs.index_put_((column,), share * x, accumulate=True)
 
 
