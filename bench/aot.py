@@ -56,6 +56,7 @@ VARIANTS = {
     "columns only": {"WANT_ROW": False, "HAS_ROW": False},
     "rows kept": {"WANT_COL": False, "KEEP": True},  # of the forward: one direction in one pass
     "columns kept": {"WANT_ROW": False, "KEEP": True},
+    "ids kept": {"WANT_COL": False, "KEEP": True, "CHANNELS": 1},
     "D tail": {"WHOLE_D": False},
 }
 
@@ -215,6 +216,17 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
             for kernel in ("aggregate_forward", "aggregate_backward"):
                 yield from (Case(family, kernel, dtype, d) for d in dimensions)
                 yield from (Case(family, kernel, dtype, dimensions[-1], v) for v in FIELD_VARIANTS if v)
+
+
+def same_code(case: Case) -> Case:
+    """The case with the smallest D that compiles to the same machine code: D is an argument; its configuration, and whether it
+    is whole steps (a block of the field kernels: its next power of two), are not."""
+
+    def compiled_in(d: int) -> Any:
+        other = replace(case, d=d)
+        return (other.config, d % other.tile.d == 0) if case.of_tiles else other.shape
+
+    return replace(case, d=next((d for d in DIMENSIONS if compiled_in(d) == compiled_in(case.d)), case.d))
 
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
@@ -408,14 +420,17 @@ def main() -> int:
     parser.add_argument("--d", nargs="*", type=int, default=DIMENSIONS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    grid = list(cases(options.family, [getattr(torch, name) for name in options.dtype], sorted(options.d)))
+    grid: dict[Case, list[Case]] = {}
+    for case in cases(options.family, [getattr(torch, name) for name in options.dtype], sorted(options.d)):
+        grid.setdefault(same_code(case), []).append(case)
     tqdm.write(HEADER)
     failures, lines = 0, {}
     with ProcessPoolExecutor(options.processes) as pool:
-        for report in tqdm(pool.map(inspect, grid), total=len(grid), unit="kernel"):
-            failures += bool(report.complaints())
-            lines[title(report.case)] = line(report)
-            tqdm.write(line(report))
+        for compiled, report in tqdm(zip(grid, pool.map(inspect, grid), strict=True), total=len(grid), unit="kernel"):
+            for case in grid[compiled]:
+                lines[title(case)] = line(replace(report, case=case))
+                failures += bool(report.complaints())
+                tqdm.write(lines[title(case)])
             save(lines)
     print(f"{failures} kernel(s) with complaints")
     return failures > 0
