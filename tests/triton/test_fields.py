@@ -84,6 +84,16 @@ def test_a_nan_in_a_field_that_is_there_shows():
     assert out[[0, 2]].isfinite().all()
 
 
+def test_an_absent_field_gets_no_gradient_even_of_a_bad_row():
+    x, y = (torch.randn(3, 5, device=DEVICE, requires_grad=True) for _ in range(2))
+    mask = torch.tensor([[True, False], [True, True], [False, True]], device=DEVICE)
+    aggregate_fields([x, y], mask=mask, backend="triton").backward(torch.full((3, 5), math.nan, device=DEVICE))
+    for f, v in enumerate((x, y)):
+        assert v.grad is not None
+        assert not v.grad[~mask[:, f]].any()
+        assert v.grad[mask[:, f]].isnan().all()
+
+
 @given(problem=testing.field_problems(sizes=(5,), dims=(33,)), frozen=st.sets(st.integers(0, 7)))
 @settings(max_examples=5)
 def test_a_frozen_field_gets_nothing_and_changes_nothing(problem, frozen):
