@@ -89,8 +89,8 @@ def gcl_loss(
     check_choice("field_mode", field_mode, FIELD_MODES)
     check_fraction("label_smoothing", label_smoothing, 1.0)
     check_fraction("z_loss", z_loss, math.inf)
-    left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode)
-    right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode)
+    left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
+    right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
     x, y = left[0][1], right[0][1]
     check_weights(weights, labels, x.shape[0], x.device)
 
@@ -248,7 +248,7 @@ class ClipLoss(nn.Module):
         return torch.cat(parts)
 
 
-def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str):
+def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str, backend: str | None):
     """[(weight, (N, D) embedding, rows that have it or None)]: one entry, or one a field in pairwise mode."""
     if isinstance(side, Tensor):
         for argument, value in ((f"{name}_field_weights", weights), (f"{name}_field_mask", mask)):
@@ -262,7 +262,7 @@ def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, fie
     if mask is not None:
         check_mask(f"{name}_field_mask", mask, tensors)
     if field_mode == "aggregate":
-        return [(1.0, aggregate_fields(tensors, u, mask=mask), None)]
+        return [(1.0, aggregate_fields(tensors, u, mask=mask, backend=backend), None)]
     columns = [None if mask is None else mask[:, f] for f in range(len(tensors))]
     return [(u[f], _unit_where(x, columns[f]), columns[f]) for f, x in enumerate(tensors)]
 

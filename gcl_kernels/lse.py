@@ -100,7 +100,7 @@ def logsumexp_statistics(
     need = [torch.is_grad_enabled() and x.requires_grad for x in (lhs, rhs, scale)]
     g_row = g_col = g_positive = None
     n, m = lhs.shape[0], rhs.shape[0]
-    one_pass = backends.gradient_in_one_pass(name, n, m, want_row and want_col, lhs.device)
+    one_pass = backends.gradient_in_one_pass(name, n, m, want_row and want_col, lhs.device, lhs.dtype)
     if promise is not None and any(need) and one_pass:
         g_row, g_col, g_positive = (None if g is None else g.detach() for g in promise)
     return _forward(

@@ -131,6 +131,72 @@ def problems(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class FieldProblem:
+    """A drawn call of ``aggregate_fields``. ``build`` makes its tensors.
+
+    Some rows have a field that is the zero vector, one has fields that cancel, and where there is a mask some have no field.
+    ``layout``: ``"rows"`` contiguous, ``"apart"`` rows apart in a larger buffer, ``"transposed"`` a column-major buffer; what
+    lies between and around the numbers is NaN.
+    """
+
+    n: int
+    d: int
+    n_fields: int
+    masked: bool
+    normalize_fields: bool
+    normalize: bool
+    layout: str
+    seed: int
+
+    def build(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+        """(fields, keyword arguments): fresh leaf tensors (N, D) that require gradients; weights, mask and both switches."""
+        g = torch.Generator().manual_seed(self.seed)
+        values = torch.randn(self.n_fields, self.n, self.d, generator=g, dtype=torch.float64)
+        values *= torch.rand(self.n_fields, self.n, 1, generator=g, dtype=torch.float64).mul(6).sub(3).exp()
+        values[0, torch.rand(self.n, generator=g) < 0.2] = 0.0
+        weights = torch.rand(self.n_fields, generator=g, dtype=torch.float64) + 0.01
+        mask = torch.rand(self.n, self.n_fields, generator=g) > 0.4 if self.masked else None
+        if self.n_fields == 2:
+            weights[:] = 0.5
+            values[1, self.n // 2] = -values[0, self.n // 2]
+        fields = [self._lay_out(x.to(dtype)).to(device).requires_grad_() for x in values]
+        options = {
+            "weights": weights.tolist(),
+            "mask": None if mask is None else mask.to(device),
+            "normalize_fields": self.normalize_fields,
+            "normalize": self.normalize,
+        }
+        return fields, options
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        if self.layout == "rows":
+            return x
+        n, d = x.shape
+        if self.layout == "apart":  # rows that start on 16 numbers, as the parts of a wider matrix often do
+            view = torch.full((n + 2, (d // 16 + 2) * 16), math.nan, dtype=x.dtype)[1 : n + 1, 16 : 16 + d]
+        else:
+            view = torch.full((d + 1, 2 * n), math.nan, dtype=x.dtype).t()[::2, :d]
+        view.copy_(x)
+        return view.detach()
+
+
+@st.composite
+def field_problems(
+    draw: st.DrawFn, sizes: Sequence[int] = (1, 2, 5, 17, 33), dims: Sequence[int] = (2, 7, 16, 33, 64, 100, 300)
+) -> FieldProblem:
+    return FieldProblem(
+        n=draw(st.sampled_from(sizes)),
+        d=draw(st.sampled_from(dims)),
+        n_fields=draw(st.integers(1, 8)),
+        masked=draw(st.booleans()),
+        normalize_fields=draw(st.booleans()),
+        normalize=draw(st.booleans()),
+        layout=draw(st.sampled_from(("rows", "apart", "transposed"))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
 def loss_options() -> st.SearchStrategy[dict[str, Any]]:
     """Keyword arguments of ``gcl_loss`` that do not depend on shapes."""
     return st.fixed_dictionaries(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gcl_kernels import backends, pairwise_logsumexp, testing
 
-from .common import DTYPES, assert_as_accurate, build, configs, run, triton, use
+from .common import DTYPES, NAMES, assert_as_accurate, build, configs, run, triton, use
 from .conftest import DEVICE
 
 # numpy says so when the interpreter meets the infinities and NaN that some of these tests feed it
@@ -120,6 +120,43 @@ def test_what_is_not_wanted_is_not_there(problem, config, want, need, with_posit
         assert value.shape == whole.shape
         if needed:
             torch.testing.assert_close(value, whole, rtol=2e-4, atol=2e-4 * float(whole.abs().max()) + 1e-5)
+
+
+def in_one_pass(batch, by_row, config):
+    """[row or col, positive, gradients] by the backend itself, for the upstream gradients of ``testing.value_and_gradients``."""
+    lhs, rhs, scale = (x.detach() for x in batch.differentiable)
+    labels, left, right = (batch.options.get(k) for k in ("labels", "lhs_ids", "rhs_ids"))
+    shape = (len(lhs),) if labels is None else labels.shape
+    labels, left, right = (None if v is None else v.reshape(len(v), -1) for v in (labels, left, right))
+    g = torch.Generator().manual_seed(0)
+    g_line = torch.rand(len(lhs if by_row else rhs), generator=g, dtype=torch.float64).to(DEVICE)
+    g_positive = torch.rand(shape, generator=g, dtype=torch.float64).reshape(len(lhs), -1).to(DEVICE)
+    row, col, _ = backends.load("torch").forward(lhs, rhs, scale, labels, left, right, True, True)
+    g_line = g_line.masked_fill((row if by_row else col).isinf(), 0)
+    upstream = (g_line, None, g_positive) if by_row else (None, g_line, g_positive)
+    row, col, positive, *gradients = backends.load("triton").forward_with_gradient(
+        lhs, rhs, scale, labels, left, right, *upstream, True, True, True, config
+    )
+    assert (col if by_row else row).numel() == 0
+    return [(row if by_row else col).float(), positive.reshape(shape).float(), *gradients]
+
+
+@given(
+    problem=testing.problems(sizes=(1, 2, 16, 17, 65)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    config=configs,
+    by_row=st.booleans(),
+    budget=st.sampled_from((None, 2**14)),
+)
+@settings(max_examples=max(1, settings.default.max_examples // 2))
+def test_one_direction_in_one_pass_is_as_accurate(problem, dtype, config, by_row, budget):
+    batch = build(problem, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, config, budget)
+        actual = in_one_pass(batch, by_row, config)
+    line = "row" if by_row else "col"
+    names = (line, "positive", *NAMES[3:])
+    assert_as_accurate(actual, problem, batch, lambda out: (getattr(out, line), out.positive), names)
 
 
 @given(problem=testing.problems(sizes=(17, 65)), config=configs)

@@ -1,6 +1,7 @@
 """What the default configurations compile to, on chips that are not here: ``bench.aot`` prints the whole grid."""
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,10 +22,14 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float16, 256),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float16, 256),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "ids"),
-    aot.Case(FAMILIES["sm_90"], "backward_tile", torch.bfloat16, 768, "rows only"),
+    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows kept"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),
     aot.Case(FAMILIES["sm_90"], "merge_partials", torch.float32, 768),
+    aot.Case(FAMILIES["sm_90"], "aggregate_forward", torch.bfloat16, 768, "mask"),
+    aot.Case(FAMILIES["sm_90"], "aggregate_backward", torch.bfloat16, 768),
+    aot.Case(FAMILIES["sm_90"], "aggregate_backward", torch.float32, 1280, "8 fields"),
+    aot.Case(FAMILIES["gfx942"], "aggregate_backward", torch.bfloat16, 1280),
 ]
 
 
@@ -57,6 +62,46 @@ def test_two_small_blocks_share_a_hopper_multiprocessor(reports):
         assert 2 * (report.shared + 1024) <= 228 * 1024
 
 
+def test_every_input_of_the_field_kernels_is_read_once_and_sixteen_bytes_at_a_time(reports):
+    """Two fields of 768 bfloat16 by 4 warps: 8 numbers a thread, one load for each field and one for the output's gradient."""
+    for kernel, variant, loads, stores in (("forward", " mask", 2, 1), ("backward", "", 3, 2)):
+        counts = reports[f"sm_90 aggregate_{kernel} bf16 D=768{variant}"].instructions
+        assert counts["load16"] == loads
+        assert counts["store16"] == stores
+        assert counts["load8"] == 0
+
+
 def test_complaints_are_made():
-    report = aot.Report(CASES[2], 255, 8, 4, 10**6, aot.Counter())
-    assert len(report.complaints()) == 5
+    assert len(aot.Report(CASES[2], 255, 8, 4, 10**6, aot.Counter(), aot.Counter()).complaints()) == 6
+    narrow = aot.Report(CASES[-1], 10, 0, 0, 0, aot.Counter({"load8": 1}), aot.Counter())
+    assert narrow.complaints() == ["narrow loads"]
+    copies = aot.Report(
+        CASES[0], 10, 0, 0, 0, aot.Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), aot.Counter()
+    )
+    assert copies.complaints() == ["copies of less than 16 bytes"]
+
+
+def test_the_loop_over_d_is_found_and_counted():
+    text = """
+.L_x_0:
+    IADD3 R1, R1, 0x1, RZ ;
+    BRA `(.L_x_0) ;
+.L_x_1:
+    HMMA.16816.F32 R4, R8, R12, R4 ;
+    IADD3 R2, R2, 0x20, RZ ;
+    @P0 BRA `(.L_x_1) ;
+    HMMA.16816.F32 R4, R8, R12, R4 ;
+"""
+    report = aot.Report(CASES[0], 10, 0, 0, 0, aot.count(text), aot.count(aot.loop_over_d(text)))
+    assert report.integer_ratio == 1.0
+
+
+def test_a_part_of_the_grid_renews_its_part_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot, "RESULT", tmp_path / "aot.txt")
+    reports = [aot.Report(case, 10, 0, 0, 0, aot.Counter(), aot.Counter()) for case in (CASES[1], CASES[0])]
+    for report in reports:
+        aot.save({aot.title(report.case): aot.line(report)})
+    renewed = replace(reports[0], registers=77)
+    aot.save({aot.title(renewed.case): aot.line(renewed), "of no case": "gone"})
+    rows = aot.RESULT.read_text().splitlines()[-2:]
+    assert rows == [aot.line(reports[1]), aot.line(renewed)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from gcl_kernels import testing
+from gcl_kernels import gcl_loss, testing
 from gcl_kernels.backends.triton import kernels, launch
 
 from .common import DTYPES, NAMES, build, configs, configurations, oracle, run, triton, use
@@ -79,6 +79,34 @@ def test_both_exponential_forms_are_reached(kind, monkeypatch):
     assert (calls["gradient_tile"] > 0) == (kind not in ("near", "one row far below"))
     if kind != "all scattered":
         assert calls["shared_gradient"] > 0  # only the tiles that need it take the other form
+
+
+@pytest.mark.parametrize("direction", ["lhs_to_rhs", "rhs_to_lhs"])
+@pytest.mark.parametrize("kind", ["near", "one row far below", "one column far below"])
+def test_kept_exponentials_are_made_again_where_their_references_are_off(kind, direction, monkeypatch):
+    """A line whose logits all lie far below what the norms allow has nothing left of them in float32."""
+    batch = spread_problem(kind)
+    use(monkeypatch, ONE[0])
+    launched, original = [], launch.run
+
+    def run_and_note(kernel, programs, **arguments):
+        launched.append((kernel, int(arguments["p_skip"]) if arguments.get("KEEP") else None))
+        original(kernel, programs, **arguments)
+
+    monkeypatch.setattr(launch, "run", run_and_note)
+    inputs = batch.differentiable
+
+    def loss(function, *inputs, **options):
+        return testing.value_and_gradients(lambda: function(*inputs, directions=direction, **options), inputs)
+
+    actual = loss(gcl_loss, *inputs, labels=batch.options["labels"], backend="triton")
+    sweeps = [skip for kernel, skip in launched if skip is not None]
+    assert sweeps == [0, int(kind == "near")]
+    assert all(kernel is not kernels.backward_tile for kernel, _ in launched)  # no tile is made a second time
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    oracle_ = loss(reference.gcl_loss, *exact, labels=batch.options["labels"])
+    dense = [loss(reference.gcl_loss, *inputs, labels=batch.options["labels"])]
+    testing.assert_as_accurate(actual, dense, oracle_, floor=1e-6 + torch.finfo(torch.float32).eps * 600)
 
 
 @given(problem=testing.problems(), one=configs, other=configs, budget=st.sampled_from((2**13, 2**15, 2**18)))

@@ -1,8 +1,10 @@
-"""The primitive in Triton: two tile kernels and library GEMMs, on NVIDIA and AMD GPUs, or on CPU in Triton's interpreter.
+"""The primitive and field aggregation in Triton, on NVIDIA and AMD GPUs, or on CPU in Triton's interpreter.
 
-``kernels`` is what runs on the device, ``launch`` cuts the problem into launches, ``config`` holds the tile shapes.
+``kernels`` is what runs on the device for the primitive, two tile kernels beside library GEMMs; ``launch`` cuts the problem into
+launches; ``fields`` aggregates fields; ``config`` holds the shapes of tiles and blocks.
 """
 
-from .launch import backward, forward
+from .fields import aggregate_fields, aggregate_fields_backward
+from .launch import backward, forward, forward_with_gradient
 
-__all__ = ["forward", "backward"]
+__all__ = ["forward", "backward", "forward_with_gradient", "aggregate_fields", "aggregate_fields_backward"]

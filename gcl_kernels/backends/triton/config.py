@@ -97,6 +97,26 @@ SQUARE_86 = Tile(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
 # CDNA3, 64 KB of LDS, 64 threads a wave, 512 registers a thread: 8 waves share 128 x 128; the AMD pipeliner keeps stages - 1
 # buffers of 32 KB.
 SQUARE_942 = Tile(128, 128, 64, 8, 2)
+# float32 in three passes of bfloat16: splitting the operands is ordinary arithmetic, which the products of a second block (of
+# 32 KB) hide.
+SPLIT_942 = Tile(128, 64, 32, 8, 2, one_exponential=False)
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """How a kernel over whole rows (``fields``) is launched: rows of every field, held in registers."""
+
+    rows: int
+    d: int  # a power of two, D or more
+    warps: int
+
+
+def row_block(d: int, lanes: int) -> RowBlock:
+    """Of each field, 8 numbers a thread: one 16-byte load of half precision. Over 16 warps a thread's share of the registers is
+    too small for that, hence 16 numbers at D = 8192 (``backends.FIELDS_AND_WIDTH``). Rows narrower than a warp share it."""
+    block_d, one_warp = 2 ** (d - 1).bit_length(), 8 * lanes
+    return RowBlock(max(one_warp // block_d, 1), block_d, min(max(block_d // one_warp, 1), 16))
+
 
 FAMILIES = {
     family.name: family
@@ -141,7 +161,7 @@ FAMILIES = {
             ("hip", "gfx942", 64),
             64 * 1024,
             half=everywhere(SQUARE_942),
-            tf32=everywhere(IEEE),
+            tf32=everywhere(SPLIT_942),
             ieee=everywhere(IEEE),
         ),
     )

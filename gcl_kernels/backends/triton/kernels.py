@@ -170,6 +170,20 @@ def joined(b_left, b_right, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     return tl.reshape(tl.permute(tl.join(b_left, b_right), (0, 2, 1)), (BLOCK_ROWS, BLOCK_COLS))
 
 
+@triton.jit
+def store_block(
+    b_x, target, stride, place, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """A tile's place in the chunk-sized matrix ``target``, in its dtype."""
+    i_row, i_col, n, m = place
+    if DESCRIPTORS:
+        target.store([i_row, i_col], b_x.to(target.dtype))
+    else:
+        o_row, o_col = i_row + tl.arange(0, BLOCK_ROWS), i_col + tl.arange(0, BLOCK_COLS)
+        p_x = target + o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
+        tl.store(p_x, b_x.to(target.dtype.element_ty), mask=(o_row < n)[:, None] & (o_col < m)[None, :])
+
+
 # The steps below take the tile in narrow parts: whatever they compare with, a column number or an id for each column, is then
 # held for a few columns at a time. For all columns it would need as many registers as the logits do.
 
@@ -292,7 +306,12 @@ def merged(parts, other):
 
 @triton.jit
 def shared_logsumexp_parts(b_s):
-    """(max of the tile, row sums, column sums) of e = exp2(s - max): one exponential a logit for both directions."""
+    """(max of the tile, row sums, column sums) of e = exp2(s - max): one exponential a logit for both directions.
+
+    On sm_90 a row's columns lie within a thread and its three neighbours, but a column's rows across eight threads of a warp:
+    the column sums of a 128 x 256 tile are 192 shuffles a thread, 1,536 cycles of a multiprocessor beside 12,288 of products
+    at D = 768. Halving the columns at each exchange would take 56; Triton's reductions do not.
+    """
     b_top = tl.max(tl.max(b_s, 1), 0)
     b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_e = tl.exp2(b_s - b_top)
@@ -333,6 +352,42 @@ def store_both_parts(b_s, row_parts, col_parts, place, BLOCK_ROWS: tl.constexpr,
     store_parts(col_parts, b_right_top, b_right_total, i_col + HALF, m, HALF)
 
 
+@triton.jit
+def keep_exponentials(
+    b_s,
+    kept,
+    stride,
+    p_reference,
+    place,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    AXIS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Writes e = exp2(s2 - reference of its row) (AXIS 1; column: 0), 0 at what the statistics leave out; returns its sums."""
+    i_row, i_col, n, m = place
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_COLS // 2
+        b_left, b_right = column_halves(b_s, BLOCK_ROWS, BLOCK_COLS)
+        b_left_total = keep_exponentials(
+            b_left, kept, stride, p_reference, place, BLOCK_ROWS, HALF, AXIS, DESCRIPTORS, False
+        )
+        place = (i_row, i_col + HALF, n, m)
+        b_right_total = keep_exponentials(
+            b_right, kept, stride, p_reference, place, BLOCK_ROWS, HALF, AXIS, DESCRIPTORS, False
+        )
+        if AXIS == 1:
+            return b_left_total + b_right_total
+        else:
+            return tl.reshape(tl.permute(tl.join(b_left_total, b_right_total), (1, 0)), (BLOCK_COLS,))
+    else:
+        o_line = i_row + tl.arange(0, BLOCK_ROWS) if AXIS == 1 else i_col + tl.arange(0, BLOCK_COLS)
+        b_e = tl.exp2(b_s - tl.expand_dims(tl.load(p_reference + o_line), AXIS))
+        store_block(b_e, kept, stride, place, BLOCK_ROWS, BLOCK_COLS, DESCRIPTORS)
+        return tl.sum(b_e, AXIS)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_tile(
     lhs,  # (n, D): descriptor or pointer, by DESCRIPTORS
@@ -346,11 +401,15 @@ def forward_tile(
     p_col_top,  # (row tiles, m) float32, written
     p_col_total,
     p_positive,  # (n, P) float32, base 2, written where a label lies in the chunk
+    kept,  # (n, m) in the compute dtype, written if KEEP: descriptor or pointer, by DESCRIPTORS
+    p_reference,  # float32, of each row or column, whichever is wanted; not read unless KEEP
+    p_skip,  # 0-d int32: nothing is done unless 0; not read unless KEEP
     n,
     m,
     d,
     lhs_stride,
     rhs_stride,
+    kept_stride,
     lhs_ids_stride,
     rhs_ids_stride,
     shift,
@@ -368,7 +427,12 @@ def forward_tile(
     WANT_ROW: tl.constexpr,
     WANT_COL: tl.constexpr,
     ONE_EXPONENTIAL: tl.constexpr,
+    KEEP: tl.constexpr,  # one direction, whose exponentials stay (``launch.forward_with_gradient``)
+    HALVES: tl.constexpr,  # ... in two column halves; kept's blocks are then halves too
 ):
+    if KEEP:  # noqa: SIM102, "and" would load in the other kernels as well
+        if tl.load(p_skip) != 0:
+            return
     i_row_tile, i_col_tile = tile_of_program(n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
     i_row, i_col = i_row_tile * BLOCK_ROWS, i_col_tile * BLOCK_COLS
     place = (i_row, i_col, n, m)
@@ -398,6 +462,23 @@ def forward_tile(
                 store_both_parts(b_s, row_parts, col_parts, place, BLOCK_ROWS, BLOCK_COLS)
         else:
             store_both_parts(b_s, row_parts, col_parts, place, BLOCK_ROWS, BLOCK_COLS)
+    elif KEEP:
+        AXIS: tl.constexpr = 1 if WANT_ROW else 0
+        BLOCK: tl.constexpr = BLOCK_ROWS if WANT_ROW else BLOCK_COLS
+        parts = row_parts if WANT_ROW else col_parts
+        i_line, n_lines = (i_row, n) if WANT_ROW else (i_col, m)
+        b_total = keep_exponentials(
+            b_s, kept, kept_stride, p_reference, place, BLOCK_ROWS, BLOCK_COLS, AXIS, DESCRIPTORS, HALVES
+        )
+        if count_inexact(b_total, i_line, n_lines, BLOCK) == 0:
+            store_parts(parts, tl.load(p_reference + i_line + tl.arange(0, BLOCK)), b_total, i_line, n_lines, BLOCK)
+        else:
+            b_s = logits(
+                operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, DESCRIPTORS, WHOLE_D, WIDEN, PRECISION, FULL_SCALE
+            )
+            b_s = negatives(b_s, ids, labels, place, has_label, BLOCK_ROWS, BLOCK_COLS, LABELS, CHANNELS)
+            b_top, b_total = logsumexp_parts(b_s, AXIS)
+            store_parts(parts, b_top, b_total, i_line, n_lines, BLOCK)
     elif WANT_ROW:
         b_row_top, b_row_total = logsumexp_parts(b_s, 1)
         store_parts(row_parts, b_row_top, b_row_total, i_row, n, BLOCK_ROWS)
@@ -518,26 +599,34 @@ def store_gradient(
     CHANNELS: tl.constexpr,
     HAS_ROW: tl.constexpr,
     HAS_COL: tl.constexpr,
+    HALVES: tl.constexpr,
     SHARED: tl.constexpr,
 ):
     """From the logits of a tile to its part of G: softmaxes, then positives, then one rounding."""
     i_row, i_col, n, m = place
-    has_label = holds_a_label(labels, place, BLOCK_ROWS, BLOCK_COLS, LABELS)
-    if CHANNELS > 0:
-        # a label that its id hides gets its entry back below
-        b_s = hide_false_negatives(b_s, ids, place, BLOCK_ROWS, BLOCK_COLS, CHANNELS)
-    if SHARED:
-        b_g = shared_gradient(b_s, row_line, col_line, place, BLOCK_ROWS, BLOCK_COLS)
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_COLS // 2
+        b_left, b_right = column_halves(b_s, BLOCK_ROWS, BLOCK_COLS)
+        store_gradient(
+            b_left, gradient, stride, row_line, col_line, p_entry, labels, ids, place,
+            BLOCK_ROWS, HALF, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, False, SHARED,
+        )  # fmt: skip
+        store_gradient(
+            b_right, gradient, stride, row_line, col_line, p_entry, labels, ids, (i_row, i_col + HALF, n, m),
+            BLOCK_ROWS, HALF, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, False, SHARED,
+        )  # fmt: skip
     else:
-        b_g = gradient_tile(b_s, row_line, col_line, place, BLOCK_ROWS, BLOCK_COLS, HAS_ROW, HAS_COL)
-    if has_label:
-        b_g = write_positives(b_g, p_entry, labels, place, BLOCK_ROWS, BLOCK_COLS, LABELS)
-    if DESCRIPTORS:
-        gradient.store([i_row, i_col], b_g.to(gradient.dtype))
-    else:
-        o_row, o_col = i_row + tl.arange(0, BLOCK_ROWS), i_col + tl.arange(0, BLOCK_COLS)
-        p_g = gradient + o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
-        tl.store(p_g, b_g.to(gradient.dtype.element_ty), mask=(o_row < n)[:, None] & (o_col < m)[None, :])
+        has_label = holds_a_label(labels, place, BLOCK_ROWS, BLOCK_COLS, LABELS)
+        if CHANNELS > 0:
+            # a label that its id hides gets its entry back below
+            b_s = hide_false_negatives(b_s, ids, place, BLOCK_ROWS, BLOCK_COLS, CHANNELS)
+        if SHARED:
+            b_g = shared_gradient(b_s, row_line, col_line, place, BLOCK_ROWS, BLOCK_COLS)
+        else:
+            b_g = gradient_tile(b_s, row_line, col_line, place, BLOCK_ROWS, BLOCK_COLS, HAS_ROW, HAS_COL)
+        if has_label:
+            b_g = write_positives(b_g, p_entry, labels, place, BLOCK_ROWS, BLOCK_COLS, LABELS)
+        store_block(b_g, gradient, stride, place, BLOCK_ROWS, BLOCK_COLS, DESCRIPTORS)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -592,34 +681,19 @@ def backward_tile(
         exact = one_exponential_is_exact(row_line, col_line, p_middle, place, BLOCK_ROWS, BLOCK_COLS)
 
     # The form is chosen before the products, so that neither form's vectors are held in registers for the other's sake.
-    PART: tl.constexpr = BLOCK_COLS // 2 if HALVES else BLOCK_COLS
     if exact:
         b_s = logits(
             operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, DESCRIPTORS, WHOLE_D, WIDEN, PRECISION, FULL_SCALE
         )
-        if HALVES:
-            b_s, b_right = column_halves(b_s, BLOCK_ROWS, BLOCK_COLS)
         store_gradient(
             b_s, gradient, gradient_stride, row_line, col_line, p_entry, labels, ids, place,
-            BLOCK_ROWS, PART, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, True,
+            BLOCK_ROWS, BLOCK_COLS, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, HALVES, True,
         )  # fmt: skip
-        if HALVES:
-            store_gradient(
-                b_right, gradient, gradient_stride, row_line, col_line, p_entry, labels, ids, (i_row, i_col + PART, n, m),
-                BLOCK_ROWS, PART, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, True,
-            )  # fmt: skip
     else:
         b_s = logits(
             operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, DESCRIPTORS, WHOLE_D, WIDEN, PRECISION, FULL_SCALE
         )
-        if HALVES:
-            b_s, b_right = column_halves(b_s, BLOCK_ROWS, BLOCK_COLS)
         store_gradient(
             b_s, gradient, gradient_stride, row_line, col_line, p_entry, labels, ids, place,
-            BLOCK_ROWS, PART, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, False,
+            BLOCK_ROWS, BLOCK_COLS, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, HALVES, False,
         )  # fmt: skip
-        if HALVES:
-            store_gradient(
-                b_right, gradient, gradient_stride, row_line, col_line, p_entry, labels, ids, (i_row, i_col + PART, n, m),
-                BLOCK_ROWS, PART, DESCRIPTORS, LABELS, CHANNELS, HAS_ROW, HAS_COL, False,
-            )  # fmt: skip
