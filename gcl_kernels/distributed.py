@@ -31,6 +31,9 @@ from .validation import check_choice, may_read
 TRANSPORTS = ("all_gather", "ring")
 MESSAGE_BYTES = 1024  # of one rank's part of the agreement
 
+# torch.compile breaks its graph here. (torch.compiler.disable does the same, but loads the compiler as this file is imported.)
+outside_compiled_graphs: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+
 
 # torch 2.13 renames it; it stays bound late, so that what is sent can be counted
 def all_gather_single(got: Tensor, x: Tensor, group: Any) -> None:
@@ -65,14 +68,17 @@ class Ranks:
         start = sum(self.cols[:rank])
         return slice(start, start + self.cols[rank])
 
+    @property
+    def first_column(self) -> int:
+        return self.columns(self.rank).start
+
     def all_columns(self, x: Tensor) -> Tensor:
         """(M, ...) of every rank's x (cols[rank], ...), in rank order; differentiable, every rank's use of it counted."""
         return _Gather.apply(x, self.cols, self.group, self.rank)  # pyright: ignore[reportReturnType]
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x, alike in shape, over ranks; differentiable, every rank's use of it counted."""
-        parts = _Gather.apply(x[None], (1,) * self.world, self.group, self.rank)
-        return parts.sum(dim=0)  # pyright: ignore[reportOptionalMemberAccess]
+        return total(x, self.group)
 
 
 # ---- agreement
@@ -98,7 +104,7 @@ def shared_failure(process_group: Any) -> Iterator[None]:
         raise
 
 
-@torch._disable_dynamo
+@outside_compiled_graphs
 def agree(
     process_group: Any,
     transport: str,
@@ -175,8 +181,8 @@ def _range(labels: Tensor | None) -> tuple[int, int]:
 
 
 def _exchange(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's ``mine``. Read on the host: over the group's CPU backend where it has one ("cpu:gloo,cuda:nccl"), else over the
-    device, which the host then waits for."""
+    """Every rank's ``mine``, read on the host: over the group's CPU backend where it has one ("cpu:gloo,cuda:nccl"), else over
+    the device, which the host then waits for."""
     text = json.dumps(mine).encode()
     if len(text) > MESSAGE_BYTES:
         raise ValueError(f"process_group: expected options of at most {MESSAGE_BYTES} characters, got {len(text)}")
@@ -188,6 +194,13 @@ def _exchange(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
     with waiting("the agreement on sizes and options", group):
         all_gather_single(got, message, group=group)
     return [json.loads(bytes(part.tolist())) for part in got.cpu().split(MESSAGE_BYTES)]
+
+
+@outside_compiled_graphs
+def first_column(rhs: Tensor, process_group: Any) -> int:
+    """Where this rank's rows of rhs stand among all ranks' columns: what to add to labels that count its own."""
+    cols = [other["cols"] for other in _exchange(process_group, {"cols": len(rhs)})]
+    return sum(cols[: dist.get_rank(process_group)])
 
 
 # ---- what moves bytes
@@ -277,10 +290,39 @@ class _Gather(torch.autograd.Function):
         return parts.sum(dim=0), None, None, None
 
 
+@outside_compiled_graphs
+def total(x: Tensor, group: Any) -> Tensor:
+    """The sum over ranks of x, alike in shape on all; in rank order, differentiable, every rank's use of it counted."""
+    parts = _Gather.apply(x[None], (1,) * dist.get_world_size(group), group, dist.get_rank(group))
+    return parts.sum(dim=0)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def sum_values(x: Tensor, factor: float, group: Any) -> Tensor:
+    """The sum over ranks of x; its gradient, which is alike on all ranks, goes back to each rank's x times ``factor``."""
+    value = total(x.detach(), group)
+    return value + factor * (x - x.detach())
+
+
+def sum_gradients(x: Tensor, factor: float, group: Any) -> Tensor:
+    """x; its gradient is ``factor`` times the sum over ranks of theirs."""
+    return _SumGradients.apply(x, factor, group)  # pyright: ignore[reportReturnType]
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor, group):
+        ctx.factor, ctx.group = factor, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.factor * total(g, ctx.group), None, None
+
+
 # ---- the primitive
 
 
-@torch._disable_dynamo
+@outside_compiled_graphs
 def statistics(
     lhs: Tensor,
     rhs: Tensor,
@@ -297,7 +339,7 @@ def statistics(
     labels (N, P): columns of all ranks' rhs in rank order; None: row i's positive is this rank's column i.
     """
     if labels is None:
-        labels = ranks.columns(ranks.rank).start + torch.arange(lhs.shape[0], device=lhs.device)[:, None]
+        labels = ranks.first_column + torch.arange(lhs.shape[0], device=lhs.device)[:, None]
     return _Statistics.apply(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, want, backend, ranks)  # pyright: ignore
 
 
@@ -372,9 +414,10 @@ class _Statistics(torch.autograd.Function):
             if need_rhs and owner is None:
                 parts = bring_home(drhs_part, ranks.cols, ranks.group, ranks.rank, "the exchange of gradients of rhs")
                 drhs = at_least_float32(parts).sum(dim=0)
-            elif need_rhs:
+            elif need_rhs and owner is not None:
                 drhs = at_least_float32(drhs_part)
-                drhs = drhs if homebound is None else drhs.add_(homebound.wait())
+                if homebound is not None:
+                    drhs += homebound.wait()
                 homebound = Shift(drhs, ranks.cols[owner - 1], ranks, "the ring of gradients of rhs")
         if homebound is not None:
             drhs = homebound.wait()
