@@ -162,11 +162,6 @@ def agree(
         tuple(other["cols"] for other in got),
     )
     for q, other in enumerate(got):
-        if labels is None and ranks.cols[q] < ranks.rows[q]:
-            raise ValueError(
-                "labels: expected labels for M < N (row i's default positive is its rank's column i), got None with "
-                f"N = {ranks.rows[q]}, M = {ranks.cols[q]} on rank {q}"
-            )
         low, high = other["label_range"]
         if low < -1 or high >= ranks.m:
             raise ValueError(

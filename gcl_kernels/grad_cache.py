@@ -32,9 +32,9 @@ def cached(encoder: Callable[..., Any], micro_batch_size: int) -> Callable[..., 
         micro_batch_size: rows encoded at once; the last micro-batch may be smaller.
 
     Returns:
-        A callable; mappings it returns are dicts. Its results' gradients reach the encoder's parameters in ``backward()``, within it and not before, and equal
-        those without caching: dropout and all other random numbers are replayed (the CPU's and those of the devices of
-        the arguments). Autocast is replayed too, and a ``GradScaler`` needs nothing special.
+        A callable; mappings it returns are dicts. Its results' gradients reach the encoder's parameters during ``backward()``
+        and equal those without caching: dropout and all other random numbers are replayed (the CPU's and those of the
+        arguments' devices). Autocast is replayed too, and a ``GradScaler`` needs nothing special.
 
     With ``DistributedDataParallel`` pass the wrapped module itself as ``encoder``: gradients are averaged over ranks with
     the last micro-batch, once a call. What trains must then come out of its ``forward``, ``logit_scale`` included, as with

@@ -1,6 +1,5 @@
 """Gradient caching gives the gradients of encoding the whole batch at once."""
 
-import math
 import subprocess
 import sys
 from collections import UserDict
@@ -81,10 +80,8 @@ def test_gradients_are_those_of_one_pass_dropout_off():
 
 
 @pytest.mark.parametrize("autocast", [None, True])
-def test_half_precision_by_the_accuracy_rule(autocast):
-    """float32, and bfloat16 autocast with a GradScaler, backward called inside the autocast region too."""
-    exact = Encoder()
-    oracle = loss_and_gradients(exact, micro_batches_one_by_one(exact, 5), batch())
+def test_float32_and_autocast_with_a_scaler(autocast):
+    """To rounding the same: dropout masks depend on the dtype, so there is no float64 oracle."""
     model = Encoder().float()
     inputs = batch()
     fields = {k: x.float() for k, x in inputs[0].items()}
@@ -96,10 +93,7 @@ def test_half_precision_by_the_accuracy_rule(autocast):
         scale = 1.0 if scaler is None else scaler.get_scale()
         return [got[0], *(g / scale for g in got[1:-1])]
 
-    torch.manual_seed(7)
     dense, actual = run(micro_batches_one_by_one(model, 5)), run(grad_cache.cached(model, 5))
-    # float64 and float32 draw different dropout masks: the same masks are held against each other, to rounding
-    assert len(oracle) == len(actual) + 1
     for a, d in zip(actual, dense, strict=True):
         assert testing.relative_error(a, d) < (1e-6 if autocast is None else 2e-2)
 
@@ -189,7 +183,7 @@ def test_results_without_gradient():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(4, 6), torch.zeros(3, 6)), r"encoder: expected .* one batch size >= 1, got {'args\[0\]': 4, 'args\[1\]': 3}"),
+        ((torch.zeros(4, 6), torch.zeros(3, 6)), r"encoder: expected .* one batch size .*, got {'args\[0\]': 4, 'args\[1\]': 3}"),
         ((torch.zeros(0, 6),), r"encoder: expected .* one batch size >= 1, got {'args\[0\]': 0}"),
         ((["a", "b"],), r"encoder: expected .* one batch size >= 1, got {}"),
         ((torch.zeros(4, 6, requires_grad=True),), r"args\[0\]: expected a tensor without gradient"),
@@ -212,34 +206,28 @@ def test_results_that_do_not_fit():
 
 
 MEMORY = """
-import sys, torch
+import torch
 from gcl_kernels import gcl_loss, grad_cache
 from gcl_kernels.training.train import peak_memory, reset_peak_memory
+cpu = torch.device("cpu")
 torch.set_num_threads(1)
 model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.GELU()] * 30, torch.nn.Linear(256, 16))
 encode = grad_cache.cached(model, 512)
 def step(n):
-    x = encode(torch.randn(n, 256))
-    gcl_loss(x, torch.randn(n, 16), 10.0).backward()
+    gcl_loss(encode(torch.randn(n, 256)), torch.randn(n, 16), 10.0).backward()
 step(64)
-reset_peak_memory(torch.device("cpu"))
-before = peak_memory(torch.device("cpu"))
-step(int(sys.argv[1]))
-print(peak_memory(torch.device("cpu")) - before)
+reset_peak_memory(cpu)
+before = peak_memory(cpu)
+for n in (512, 4096):
+    step(n)
+    print(peak_memory(cpu) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory can be reset on Linux only")
 def test_memory_is_that_of_a_micro_batch():
-    """16 times the batch: its inputs (8 MiB) and embeddings, not 16 times the activations (30 MiB a micro-batch)."""
+    """8 times the batch: its inputs (4 MiB) and embeddings more, not 8 times the activations (30 MiB a micro-batch)."""
     environment = {"GCL_KERNELS_WORKSPACE_MIB": "8", "PATH": "", "OMP_NUM_THREADS": "1"}
-    small, large = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", MEMORY, str(n)], env=environment, capture_output=True, check=True
-            ).stdout
-        )
-        for n in (512, 8192)
-    )
-    assert math.isfinite(large)
-    assert 20 * 2**20 < small < large < 2.5 * small
+    run = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, check=True)
+    small, large = map(int, run.stdout.split())
+    assert 20 * 2**20 < small <= large < 2 * small

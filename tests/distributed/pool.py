@@ -12,17 +12,20 @@ import torch.distributed as dist
 
 WORLDS = (1, 2, 3, 4)
 
+# Ranks are forked from one process that has imported what they need: importing costs more than the tests do.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
+
 
 class Pool:
     """``run(world, function, *arguments)``: [function(group, *arguments) of each rank of a group of that size]."""
 
     def __init__(self):
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(WORLDS[-1]):
-            mine, theirs = context.Pipe()
-            process = context.Process(
+            mine, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_serve, args=(rank, str(Path(self.folder.name) / "rendezvous"), theirs), daemon=True
             )
             process.start()
