@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .backends import statistics_dtype
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
-from .lse import logsumexp_statistics
+from .lse import check_inputs, logsumexp_statistics
 from .score_to_weight import ScoreToWeight, score_to_weight
 from .validation import (
     check_choice,
@@ -22,6 +24,10 @@ from .validation import (
     check_tensor,
     check_weights,
 )
+
+if TYPE_CHECKING:  # some builds of torch have no distributed
+    from torch.distributed import ProcessGroup
+
 
 DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
@@ -48,6 +54,8 @@ def gcl_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    process_group: ProcessGroup | None = None,
+    transport: str = "all_gather",
     backend: str | None = None,
 ) -> Tensor:
     """Weighted two-direction softmax loss of Generalized Contrastive Learning (arXiv 2404.08535), without N x M memory.
@@ -76,34 +84,55 @@ def gcl_loss(
         label_smoothing: e in [0, 1]: each (lse - s_pos) becomes (1 - e) (lse - s_pos) + e (lse - mean s). The mean is over
             all columns (rows), hidden by ids or not: it costs O(N D).
         z_loss: c >= 0: adds c * lse^2 to each direction (PaLM, arXiv 2204.02311).
+        process_group, transport: as in ``pairwise_logsumexp``: every rank passes its own rows of everything. Fields are
+            aggregated first, so one vector a document travels.
         backend: as in ``pairwise_logsumexp``.
 
     Returns:
-        0-d loss, or (N,) for ``"none"``; float32 (float64 for float64 inputs).
+        0-d loss, or (N,) for ``"none"``; float32 (float64 for float64 inputs). With a process group each rank gets its own rows'
+        share: ``"mean"`` world * sum(l) / (all ranks' N), ``"weighted_mean"`` world * sum(l) / (all ranks' sum(w)), ``"sum"``
+        world * sum(l), so that the mean over ranks is the loss of the joined batch and the gradient that
+        DistributedDataParallel averages over ranks is its gradient; ``"none"`` its own l.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    check_choice("directions", directions, tuple(DIRECTIONS))
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("field_mode", field_mode, FIELD_MODES)
-    check_fraction("label_smoothing", label_smoothing, 1.0)
-    check_fraction("z_loss", z_loss, math.inf)
-    left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
-    right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-    x, y = left[0][1], right[0][1]
-    check_weights(weights, labels, x.shape[0], x.device)
+    distributed.check_group(process_group, transport)
+    with distributed.shared_failure(process_group):
+        check_choice("directions", directions, tuple(DIRECTIONS))
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("field_mode", field_mode, FIELD_MODES)
+        check_fraction("label_smoothing", label_smoothing, 1.0)
+        check_fraction("z_loss", z_loss, math.inf)
+        left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
+        right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
+        x, y = left[0][1], right[0][1]
+        check_weights(weights, labels, x.shape[0], x.device)
+        if process_group is not None:
+            x, y, _, _ = check_inputs(x, y, logit_scale, labels, lhs_ids, rhs_ids, backend, distributed=True)
+    ranks = None
+    if process_group is not None:
+        alike = {
+            "directions": directions,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "weights": "None" if weights is None else f"weights, requires_grad={weights.requires_grad}",
+            "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
+            "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
+        }
+        ranks = distributed.agree(process_group, transport, x, y, logit_scale, labels, lhs_ids, alike)
 
     loss = x.new_zeros(())
     for u, x, has_x in left:
         for v, y, has_y in right:
-            visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y)
+            visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
             pair = _row_losses(
                 x, y, logit_scale, weights, *visible, has_x, has_y,
-                DIRECTIONS[directions], label_smoothing, z_loss, reduction != "none", backend,
+                DIRECTIONS[directions], label_smoothing, z_loss, reduction != "none", ranks, backend,
             )  # fmt: skip
             loss = loss + u * v * pair
-    return _reduce(loss, weights, labels, reduction).to(torch.promote_types(x.dtype, torch.float32))
+    return _reduce(loss, weights, labels, reduction, ranks).to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GCLLoss(nn.Module):
@@ -127,7 +156,11 @@ class GCLLoss(nn.Module):
         unknown = set(options) - OPTIONS
         if unknown:
             raise TypeError(f"GCLLoss: expected options among {sorted(OPTIONS)}, got {sorted(unknown)}")
-        self.score_to_weight = _by_name(score_to_weight, s_max=s_max, knots=knots, normalize=normalize)
+        # over a process group the mean weight is known only once all ranks have called
+        self.divide_by_mean_weight = normalize == "mean" and options.get("process_group") is not None
+        self.score_to_weight = _by_name(
+            score_to_weight, s_max=s_max, knots=knots, normalize=None if self.divide_by_mean_weight else normalize
+        )
         self.options = options
 
     def forward(
@@ -144,12 +177,14 @@ class GCLLoss(nn.Module):
         rhs_field_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of scores (N,), or (N, P) beside labels (N, P); a score beside label -1 is not looked at."""
-        check_tensor(
-            "scores", scores, (1, 2), (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
-        )
-        labelled = labels >= 0 if isinstance(labels, Tensor) and labels.shape == scores.shape else None
-        weights = self.score_to_weight(scores, labelled)
-        return gcl_loss(
+        process_group = self.options.get("process_group")
+        with distributed.shared_failure(process_group):
+            check_tensor(
+                "scores", scores, (1, 2), (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+            )
+            labelled = labels >= 0 if isinstance(labels, Tensor) and labels.shape == scores.shape else None
+            weights = self.score_to_weight(scores, labelled)
+        loss = gcl_loss(
             lhs,
             rhs,
             logit_scale,
@@ -161,6 +196,11 @@ class GCLLoss(nn.Module):
             rhs_field_mask=rhs_field_mask,
             **self.options,
         )
+        if not self.divide_by_mean_weight or self.options.get("reduction") == "weighted_mean":
+            return loss  # a weighted mean does not depend on it
+        count = weights.new_full((), weights.numel()) if labelled is None else labelled.sum().clamp(min=1)
+        total, count = distributed.total(torch.stack([weights.sum(), count.to(weights)]), process_group)
+        return loss * torch.where(total > 0, count / total, 1.0).to(loss.dtype)
 
 
 OPTIONS = {
@@ -171,6 +211,8 @@ OPTIONS = {
     "reduction",
     "label_smoothing",
     "z_loss",
+    "process_group",
+    "transport",
     "backend",
 }
 _by_name = score_to_weight  # inside GCLLoss the name is an argument
@@ -182,8 +224,22 @@ class ClipLoss(nn.Module):
     Constructor: ``local_loss, gather_with_grad, cache_labels, rank, world_size`` mean what they mean in open_clip;
     ``cache_labels`` changes nothing here (no labels are made) and ``use_horovod=True`` is refused.
 
-    With ``world_size > 1`` features are gathered over the default process group as open_clip gathers them, so its scaling
-    of gradients is kept too, but no rank holds an N x N matrix.
+    With ``world_size > 1``, over the default process group, each flag pair has open_clip's value and gradients on every rank,
+    without its N x N logits (N: all ranks' rows). What they mean, and what a rank does of the N^2 D work:
+
+    ======================= ================================= ======================== ===========================
+    local_loss, gather_...  value on rank r                   features' gradient       work; open_clip's
+    ======================= ================================= ======================== ===========================
+    False, False (default)  the loss L of all rows            dL, of its own rows      8 / world; 12, N^2 memory
+    False, True             L                                 world * dL               8 / world; 12, N^2 memory
+    True, False             L_r of its own rows and columns   dL_r, own rows only;     8 / world; 8
+                                                              others' are constants
+    True, True              L_r                               of the sum of all L_r    12 / world; 12
+    ======================= ================================= ======================== ===========================
+
+    DistributedDataParallel averages gradients, so True, True and False, True train as one process on the joined batch would;
+    the default divides the features' gradient, but not logit_scale's, by world. ``gcl_loss(..., process_group=)`` trains as
+    True, True does at 8 / world, and takes a ring.
     """
 
     def __init__(
@@ -226,25 +282,33 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        all_images, all_texts = self._gather(image_features), self._gather(text_features)
         if not self.local_loss:
-            return gcl_loss(all_images, all_texts, logit_scale)
+            return self._loss_of_all(image_features, text_features, logit_scale)
+        all_images, all_texts = self._gather(image_features), self._gather(text_features)
         n = image_features.shape[0]
         labels = torch.arange(n, device=image_features.device) + self.rank * n
         images = gcl_loss(image_features, all_texts, logit_scale, labels=labels, directions="lhs_to_rhs")
         texts = gcl_loss(text_features, all_images, logit_scale, labels=labels, directions="lhs_to_rhs")
         return (images + texts) / 2
 
+    def _loss_of_all(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Each rank's rows once, then the sum: what every rank of open_clip works out for itself."""
+        group = torch.distributed.group.WORLD
+        # open_clip's gathering adds the gradients of all ranks' copies of the loss, to features but not to logit_scale
+        copies = self.world_size if self.gather_with_grad else 1
+        if isinstance(logit_scale, Tensor):
+            logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
+        share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
+        return distributed.sum_values(share, copies, group)
+
     def _gather(self, features: Tensor) -> Tensor:
-        """(world_size * N, D); other ranks' part has a gradient only under ``gather_with_grad``, as in open_clip."""
+        """(world_size * N, D), of ``local_loss``; it has a gradient only under ``gather_with_grad``, as in open_clip."""
         if self.gather_with_grad:
             from torch.distributed.nn.functional import all_gather
 
             return torch.cat(list(all_gather(features)))
         parts = [torch.empty_like(features) for _ in range(self.world_size)]
         torch.distributed.all_gather(parts, features.detach().contiguous())
-        if not self.local_loss:
-            parts[self.rank] = features  # the local part stays in the graph, as open_clip does here and only here
         return torch.cat(parts)
 
 
@@ -274,7 +338,7 @@ def _unit_where(x: Tensor, present: Tensor | None) -> Tensor:
     return unit(x_present.to(compute)).to(x.dtype)
 
 
-def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y):
+def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks):
     """(labels, lhs_ids, rhs_ids) under which rows and columns without the field are neither positives nor negatives.
 
     Two more id channels say it: in one every row carries id 0 and so does every absent column (other columns -1, which
@@ -282,7 +346,7 @@ def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y):
     """
     if has_x is None and has_y is None:
         return labels, lhs_ids, rhs_ids
-    check_labels(labels, x, y)
+    check_labels(labels, x, y, ranks is not None)
     check_ids(lhs_ids, rhs_ids, x, y)
     n, m = x.shape[0], y.shape[0]
     has_x = torch.ones(n, dtype=torch.bool, device=x.device) if has_x is None else has_x
@@ -293,32 +357,50 @@ def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y):
     if lhs_ids is not None and rhs_ids is not None:
         lhs_channels = torch.cat([lhs_ids.reshape(n, -1), lhs_channels], dim=1)
         rhs_channels = torch.cat([rhs_ids.reshape(m, -1), rhs_channels], dim=1)
-    labels = torch.arange(n, device=x.device) if labels is None else labels
+    if labels is None:
+        labels = torch.arange(n, device=x.device) + (0 if ranks is None else ranks.first_column)
+    if ranks is not None:
+        has_y = ranks.all_columns(has_y)
     has_positive = has_y[labels.clamp(min=0)] & has_x.reshape(n, *[1] * (labels.ndim - 1))
     return torch.where(has_positive, labels, -1), lhs_channels, rhs_channels
 
 
 def _row_losses(
-    x, y, logit_scale, weights, labels, lhs_ids, rhs_ids, has_x, has_y, a, label_smoothing, z_loss, reduced, backend
+    x,
+    y,
+    logit_scale,
+    weights,
+    labels,
+    lhs_ids,
+    rhs_ids,
+    has_x,
+    has_y,
+    a,
+    label_smoothing,
+    z_loss,
+    reduced,
+    ranks,
+    backend,
 ) -> Tensor:
     """(N,) l_i of one pair of sides, in the statistics' dtype. ``reduced``: the caller sums them with equal factors."""
     n, m = x.shape[0], y.shape[0]
     check_pair(x, y)
-    check_labels(labels, x, y)
+    check_labels(labels, x, y, ranks is not None)
     labels = None if labels is None else labels.reshape(n, -1)
     column = None if labels is None else labels.clamp(min=0).to(torch.int64)
     w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
     w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
     promise = None
-    if reduced and z_loss == 0:
+    if reduced and z_loss == 0 and ranks is None:
         # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
         g = w.detach().to(statistics_dtype(x.device))
         g_row = a * g.sum(dim=1) if a > 0 else None
         g_col = (1 - a) * _sum_by_column(g, column, m) if a < 1 else None
         promise = g_row, g_col, (label_smoothing - 1) * g
     row, col, positive = logsumexp_statistics(
-        x, y, logit_scale, labels, lhs_ids, rhs_ids, want_row=a > 0, want_col=a < 1, promise=promise, backend=backend
-    )
+        x, y, logit_scale, labels, lhs_ids, rhs_ids,
+        want_row=a > 0, want_col=a < 1, promise=promise, ranks=ranks, backend=backend,
+    )  # fmt: skip
     if lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
         row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
 
@@ -329,15 +411,17 @@ def _row_losses(
         return loss + z_loss * lse**2 if z_loss else loss
 
     def at_labels(v: Tensor) -> Tensor:
-        return v[:n, None] if column is None else v[column]
+        if column is None:
+            return v[:n, None]
+        return v[column] if ranks is None else ranks.all_columns(v)[column]
 
     scale = check_scale(logit_scale, x) if label_smoothing else None
     loss = positive.new_zeros(())
     if a > 0:
-        mean = None if scale is None else scale * _dot_mean(x, y, has_y)[:, None]
+        mean = None if scale is None else scale * _dot_mean(x, y, has_y, ranks)[:, None]
         loss = loss + a * direction(row[:, None], mean)
     if a < 1:
-        mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x))
+        mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x, ranks))
         loss = loss + (1 - a) * direction(at_labels(col), mean)
     loss = w.to(loss.dtype) * loss
     if labels is not None:
@@ -354,25 +438,35 @@ def _sum_by_column(g: Tensor, column: Tensor | None, m: int) -> Tensor:
     return total.index_put((column,), g, accumulate=True)
 
 
-def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None) -> Tensor:
+def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None, ranks: distributed.Ranks | None) -> Tensor:
     """mean_j <x_i, y_j> over the columns present (an absent one is a zero vector), from the mean vector: O((N + M) D)."""
     compute = torch.promote_types(x.dtype, torch.float32)
     total = y.sum(dim=0, dtype=compute)
-    count = y.shape[0] if present is None else present.sum().clamp(min=1)
-    return (x.to(compute) * (total / count)).sum(dim=1)
+    count = total.new_full((), y.shape[0]) if present is None else present.sum().to(compute)
+    if ranks is not None:
+        total, count = ranks.total(total), ranks.total(count)
+    return (x.to(compute) * (total / count.clamp(min=1))).sum(dim=1)
 
 
-def _reduce(loss: Tensor, weights: Tensor | None, labels: Tensor | None, reduction: str) -> Tensor:
+def _reduce(
+    loss: Tensor, weights: Tensor | None, labels: Tensor | None, reduction: str, ranks: distributed.Ranks | None
+) -> Tensor:
     if reduction == "none":
         return loss
-    if reduction == "mean":
-        return loss.mean()
-    total = loss.sum()
+    total = loss.sum() if ranks is None else ranks.world * loss.sum()
     if reduction == "sum":
         return total
-    if weights is None:
-        weight = torch.full_like(total, loss.numel()) if labels is None else (labels >= 0).sum().to(total.dtype)
-    else:
-        weights = weights.to(total.dtype)
-        weight = (weights if labels is None else torch.where(labels >= 0, weights, 0.0)).sum()
+    if reduction == "mean":
+        return total / (loss.numel() if ranks is None else ranks.n)
+    weight = _total_weight(weights, labels, loss)
+    if ranks is not None:
+        weight = ranks.total(weight)
     return total / torch.where(weight > 0, weight, 1.0)
+
+
+def _total_weight(weights: Tensor | None, labels: Tensor | None, loss: Tensor) -> Tensor:
+    """Of the labelled entries, 0-d in the loss's dtype."""
+    if weights is None:
+        return loss.new_full((), loss.numel()) if labels is None else (labels >= 0).sum().to(loss.dtype)
+    weights = weights.to(loss.dtype)
+    return (weights if labels is None else torch.where(labels >= 0, weights, 0.0)).sum()

@@ -6,13 +6,16 @@ This file validates, picks a backend and holds the one autograd rule; the arithm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, distributed
 from .validation import check_ids, check_labels, check_pair, check_scale, debug
+
+if TYPE_CHECKING:  # some builds of torch have no distributed
+    from torch.distributed import ProcessGroup
 
 
 class PairwiseLSE(NamedTuple):
@@ -31,6 +34,8 @@ def pairwise_logsumexp(
     labels: Tensor | None = None,
     lhs_ids: Tensor | None = None,
     rhs_ids: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    transport: str = "all_gather",
     backend: str | None = None,
 ) -> PairwiseLSE:
     """Row and column logsumexp of ``s = logit_scale * lhs @ rhs.T`` and the positives' logits, without the N x M matrix.
@@ -44,6 +49,12 @@ def pairwise_logsumexp(
         labels: (N,) or (N, P) integers: column of row i's positive(s), -1 for none. Default ``t_i = i``, needing M >= N.
         lhs_ids, rhs_ids: (N,) or (N, K) and (M,) or (M, K) int64. A pair with equal ids >= 0 in any channel k is a false
             negative and leaves both logsumexps, unless it is labelled.
+        process_group: a ``torch.distributed`` group over which the problem is cut: every rank passes its own rows of lhs and
+            rhs, in any numbers, with their ids, and gets its own row, col and positive back, over all ranks' columns and rows.
+            The default label of row i is its rank's column i; ``labels`` count the columns of all ranks' rhs in rank order
+            (``gcl_kernels.distributed.first_column``). Ids are compared across ranks. Every rank must call, and run the
+            backward; gradients are those of the sum of all ranks' losses.
+        transport: of rhs, ``"all_gather"`` (whole on every rank) or ``"ring"`` (one rank's rows at a time, while they are used).
         backend: ``"torch"``, ``"triton"`` or None, which takes Triton for CUDA/HIP tensors (float64 excepted) where
             it can be imported.
 
@@ -57,9 +68,19 @@ def pairwise_logsumexp(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Values (label range, ids) are checked
-            on CPU tensors, elsewhere only with ``GCL_KERNELS_DEBUG=1`` since it synchronises the device.
+            on CPU tensors, elsewhere only with ``GCL_KERNELS_DEBUG=1`` since it synchronises the device. With a process
+            group, on every rank, saying which rank's arguments were refused or differ.
+        RuntimeError: another rank did not answer within the group's timeout.
     """
-    row, col, positive = logsumexp_statistics(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, backend=backend)
+    ranks = None
+    distributed.check_group(process_group, transport)
+    if process_group is not None:
+        with distributed.shared_failure(process_group):
+            check_inputs(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, backend, distributed=True)
+        ranks = distributed.agree(process_group, transport, lhs, rhs, logit_scale, labels, lhs_ids, {})
+    row, col, positive = logsumexp_statistics(
+        lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ranks=ranks, backend=backend
+    )
     kind = torch.float64 if lhs.dtype == torch.float64 else torch.float32
     shape = (lhs.shape[0],) if labels is None else labels.shape
     return PairwiseLSE(row.to(kind), col.to(kind), positive.reshape(shape).to(kind))
@@ -76,6 +97,7 @@ def logsumexp_statistics(
     want_row: bool = True,
     want_col: bool = True,
     promise: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
+    ranks: distributed.Ranks | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, col, positive (N, P)) in the statistics' dtype (``backends``), so that row - positive keeps its digits.
@@ -86,17 +108,17 @@ def logsumexp_statistics(
     not wanted) and positive (N, P). Where that saves work (``backends.gradient_in_one_pass``) the gradients are then formed
     beside the logsumexp, from the same logits. The promise must hold: the backward reads nothing but the factor
     (``GCL_KERNELS_DEBUG=1`` checks it).
+
+    ``ranks``: the problem is cut over a process group whose ranks have agreed; row, col and positive are this rank's. A
+    promise saves nothing there, since col is known only once all ranks are done.
     """
-    check_pair(lhs, rhs)
-    check_labels(labels, lhs, rhs)
-    check_ids(lhs_ids, rhs_ids, lhs, rhs)
-    lhs, rhs = autocast_like_matmul(lhs, rhs)
-    scale = check_scale(logit_scale, lhs)
-    name = backends.choose(backend, lhs.device, lhs.dtype)
+    lhs, rhs, scale, name = check_inputs(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, backend, ranks is not None)
     if labels is not None:
         labels = labels.reshape(lhs.shape[0], -1).to(torch.int64)
     if lhs_ids is not None and rhs_ids is not None:
         lhs_ids, rhs_ids = lhs_ids.reshape(lhs.shape[0], -1), rhs_ids.reshape(rhs.shape[0], -1)
+    if ranks is not None:
+        return distributed.statistics(lhs, rhs, scale, labels, lhs_ids, rhs_ids, (want_row, want_col), name, ranks)
     need = [torch.is_grad_enabled() and x.requires_grad for x in (lhs, rhs, scale)]
     g_row = g_col = g_positive = None
     n, m = lhs.shape[0], rhs.shape[0]
@@ -106,6 +128,24 @@ def logsumexp_statistics(
     return _forward(
         lhs, rhs, scale, labels, lhs_ids, rhs_ids, [want_row, want_col], g_row, g_col, g_positive, need, name
     )[:3]
+
+
+def check_inputs(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor | float,
+    labels: Tensor | None,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    backend: str | None,
+    distributed: bool,
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """(lhs, rhs, logit_scale, backend's name) as the operator takes them."""
+    check_pair(lhs, rhs)
+    check_labels(labels, lhs, rhs, distributed)
+    check_ids(lhs_ids, rhs_ids, lhs, rhs)
+    lhs, rhs = autocast_like_matmul(lhs, rhs)
+    return lhs, rhs, check_scale(logit_scale, lhs), backends.choose(backend, lhs.device, lhs.dtype)
 
 
 def autocast_like_matmul(lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:

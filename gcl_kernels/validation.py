@@ -64,7 +64,8 @@ def check_scale(logit_scale: Tensor | float, lhs: Tensor) -> Tensor:
     return torch.full((), float(logit_scale), dtype=kind, device=lhs.device)
 
 
-def check_labels(labels: Tensor | None, lhs: Tensor, rhs: Tensor) -> None:
+def check_labels(labels: Tensor | None, lhs: Tensor, rhs: Tensor, distributed: bool = False) -> None:
+    """``distributed``: labels may name other ranks' columns, which only the ranks together can check."""
     n, m = lhs.shape[0], rhs.shape[0]
     if labels is None:
         if m < n:
@@ -75,7 +76,7 @@ def check_labels(labels: Tensor | None, lhs: Tensor, rhs: Tensor) -> None:
     if labels.shape[0] != n or 0 in labels.shape:
         raise ValueError(f"labels: expected ({n},) or ({n}, P), got {tuple(labels.shape)}")
     check_device("labels", labels, lhs.device)
-    if may_read(labels):
+    if may_read(labels) and not distributed:
         low, high = int(labels.min()), int(labels.max())
         if low < -1 or high >= m:
             raise ValueError(f"labels: expected columns 0..{m - 1}, or -1 for none, got values from {low} to {high}")
