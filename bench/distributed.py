@@ -165,7 +165,7 @@ def model(method: str, world: int) -> dict:
         # rhs twice, and its gradient in 4 bytes; memory: two blocks of rhs, four of gradients
         "process_group, ring": ((2 * plane / world, 6 * plane / world), (2 * side, 6 * side), True, 20 * n * d / world),
         # logits, their softmax and its gradient, twice
-        "open_clip, default": ((4 * plane, 8 * plane), (4 * side, 0), False, 6 * 2 * n * n),
+        "open_clip, default": ((2 * plane, 4 * plane), (4 * side, 0), False, 6 * 2 * n * n),
         "open_clip, local_loss + gather_with_grad": (
             (4 * plane / world, 8 * plane / world),
             (4 * side, 4 * side),

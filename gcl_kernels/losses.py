@@ -230,8 +230,8 @@ class ClipLoss(nn.Module):
     ======================= ================================= ======================== ===========================
     local_loss, gather_...  value on rank r                   features' gradient       work; open_clip's
     ======================= ================================= ======================== ===========================
-    False, False (default)  the loss L of all rows            dL, of its own rows      8 / world; 12, N^2 memory
-    False, True             L                                 world * dL               8 / world; 12, N^2 memory
+    False, False (default)  the loss L of all rows            dL, of its own rows      8 / world; 6, N^2 memory
+    False, True             L                                 world * dL               8 / world; 6, N^2 memory
     True, False             L_r of its own rows and columns   dL_r, own rows only;     8 / world; 8
                                                               others' are constants
     True, True              L_r                               of the sum of all L_r    12 / world; 12
