@@ -238,7 +238,7 @@ def draw(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colours = ["#0b6e4f", "#3fa34d", "#b23a48", "#e07a5f", "#5b6c8f"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 4.6), layout="constrained")
     shown = [r for r in result["measured"] if r["world"] == WORLDS[-1]]
     places = range(len(shown))
     left.barh(places, [r["flops"] / 1e9 for r in shown], color="#0b6e4f")
@@ -266,7 +266,7 @@ def draw(result: dict, path: Path) -> None:
     right.axvline(MODEL_N * MODEL_BANDWIDTH / MODEL_FLOPS, color="grey", lw=0.8, ls="--")
     right.annotate(
         " N x bandwidth / rate:\n communication\n overtakes compute",
-        (MODEL_N * MODEL_BANDWIDTH / MODEL_FLOPS, 60),
+        (MODEL_N * MODEL_BANDWIDTH / MODEL_FLOPS, 40),
         fontsize=8,
         ha="right",
     )
@@ -281,7 +281,7 @@ def draw(result: dict, path: Path) -> None:
     right.set_xticks(MODEL_WORLDS, [str(w) for w in MODEL_WORLDS])
     right.minorticks_off()
     right.grid(alpha=0.3)
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=150)
 
 
