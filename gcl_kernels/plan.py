@@ -23,15 +23,13 @@ LABEL = "A model, not a measurement"
 
 # Eager operators of one step around its kernels and products: ClipLoss and autograd, the vectors of the forward, those of the
 # backward, and what is repeated for each chunk of rows and each tile of G.
-LOSS_OPERATORS, FORWARD_OPERATORS, BACKWARD_OPERATORS = 36, 23, 86
+LOSS_OPERATORS, FORWARD_OPERATORS, BACKWARD_OPERATORS = 36, 23, 83
 OPERATORS_A_CHUNK, OPERATORS_A_TILE = 7, 2
 DENSE_OPERATORS = 40
 TORCH_OPERATORS_A_TILE = 25
 
 # Statistics, upstream gradients, positives and their temporaries, most of them float64, at the peak of a step.
-VECTOR_BYTES_A_LINE = {"triton": 140, "torch": 144}
-# What a CPU's matrix library packs operands into, once they are large.
-PACKING_BYTES = 3 * 2**20
+VECTOR_BYTES_A_LINE = {"triton": 140, "torch": 42}
 
 
 @dataclass(frozen=True)
@@ -261,21 +259,28 @@ def torch_memory(p: Problem) -> float:
     """On a CPU, two directions: what is resident at the largest of four moments."""
     height, width = map(min, torch_chunked.default_tile(p.n, p.m, torch.device("cpu"), torch.float32), (p.n, p.m))
     tile, kept, tiles = 4.0 * height * width, kept_tiles(p), tile_count(p)
-    widened = 0.0 if p.s == 4 else 4.0 * (p.m + height) * p.d  # half precision is multiplied in float32
-    buffers = tile if kept == tiles else 2 * tile  # the first holds a tile that is not kept
-    always = p.gathered + VECTOR_BYTES_A_LINE["torch"] * (p.n + p.m) + PACKING_BYTES
-    in_tiles = buffers + 4.0 * height * p.d + widened
+    all_kept = kept == tiles
+    buffers = tile if all_kept else 2 * tile  # the first holds a tile that is not kept
+    rows = 4.0 * height * p.d  # of lhs with the scale, of a gradient
     dlhs, drhs = 4.0 * p.n * p.d, 4.0 * p.m * p.d
-    rounded = 0.0 if p.s == 4 else float(p.n + p.m) * p.d * p.s
+    half = p.s != 4
+    widened = 4.0 * p.m * p.d + rows if half else 0.0  # half precision is multiplied in float32
+    rounded = float(p.n + p.m) * p.d * p.s if half else 0.0
     left = max(kept - tiles // -(-p.n // height), 0)
     moments = {
-        "every tile that is kept is there": kept * tile + in_tiles,
-        "a chunk of rows later drhs is, too": left * tile + in_tiles + drhs + 4.0 * height * p.d,
-        "both gradients are": in_tiles + dlhs + drhs + rounded,
-        # made beside the forward they are kept, and multiplied by the upstream gradient
-        "they leave": (2.0 * (p.n + p.m) * p.d * p.s if kept else 0.0),
+        "the first tile of G": kept * tile + buffers + 2 * rows + widened,
+        "a chunk of rows later, all of drhs is there": left * tile + buffers + drhs + 2 * rows + widened,
+        "both gradients are": (tile if all_kept else rows) + buffers + dlhs + drhs + widened + max(rows, rounded),
+        # made beside the forward, they are multiplied by the upstream gradient
+        "they leave": 2.0 * (p.n + p.m) * p.d * p.s if kept else 0.0,
     }
+    always = p.gathered + VECTOR_BYTES_A_LINE["torch"] * (p.n + p.m) + packing_bytes(p.d)
     return always + max(moments.values()) - gradients(p)
+
+
+def packing_bytes(d: int) -> float:
+    """What a CPU's matrix library packs operands into."""
+    return 2.0**19 + 3 * 2**10 * min(d, 512)
 
 
 def dense(p: Problem, chip: Chip) -> Prediction:
@@ -293,7 +298,7 @@ def dense(p: Problem, chip: Chip) -> Prediction:
     phases.append(Phase("the rest", host=DENSE_OPERATORS * chip.launch))
     other_sides = 0.0 if p.world_size == 1 else 2 * p.gathered
     # backward's peak: both log-softmaxes, the gradient of one of them and of its logits
-    packing = PACKING_BYTES if chip.family is None else 0
+    packing = packing_bytes(p.d) if chip.family is None else 0.0
     return Prediction("dense (open_clip.ClipLoss)", tuple(phases), 4 * copy + other_sides + packing, "4 N x M matrices")
 
 
