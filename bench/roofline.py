@@ -1,8 +1,8 @@
 """A model of the time, from data sheets and counts: ``python -m bench.roofline --n 65536 --d 768 --dtype bf16 --chip h200``.
 
-The floor of each phase of our plan, matrix products (GEMM), exponentials, device memory (HBM) and host work (launches), and what a
-step should take: overlapped (each phase as long as its slowest part) and serial (the sum of all parts). Beside it the same of each
-peer, whose operations were counted in its sources. Forward and backward of both directions.
+The floor of each phase of our plan, matrix products (GEMM), exponentials, device memory (HBM) and host work (launches), and what
+a step should take: overlapped (each phase as long as its slowest part) and serial (the sum of all parts). Beside it the same of
+each peer, whose operations were counted in its sources. Forward and backward of both directions.
 
 Ours is modelled in ``gcl_kernels.plan``, from the chunks and tiles that the backend really takes.
 """
@@ -33,8 +33,8 @@ LINEAR_CROSS_ENTROPY_ROWS = 1024
 
 
 def compiled_dense(p: Problem, chip: Chip) -> Prediction:
-    """``open_clip.ClipLoss`` under torch.compile: products as before; log-softmax and loss in one pass that keeps the logits, their
-    gradient in another."""
+    """``open_clip.ClipLoss`` under torch.compile: products as before; log-softmax and loss in one pass that keeps the logits,
+    their gradient in another."""
     copy, product = p.logits * p.s, 2 * p.logits * p.d
     phases = []
     for direction in ("images", "texts"):
@@ -96,8 +96,8 @@ def cut_cross_entropy(p: Problem, chip: Chip) -> Prediction:
 
 
 def inf_cl(p: Problem, chip: Chip) -> Prediction:
-    """Forward 2, and 4 for each of two backward kernels, once a direction, all in tf32. The backward loads, adds and stores a float32
-    block of gradient rows for every tile; tiles of 32 columns are assumed."""
+    """Forward 2, and 4 for each of two backward kernels, once a direction, all in tf32. The backward loads, adds and stores a
+    float32 block of gradient rows for every tile; tiles of 32 columns are assumed."""
     product, tile_cols = 2 * p.logits * p.d, 32
     kind = "tf32" if p.dtype != "fp32" else p.dtype
     phases = []

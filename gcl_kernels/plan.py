@@ -239,25 +239,28 @@ def by_torch(p: Problem, chip: Chip) -> Prediction:
     return Prediction("ours, torch", phases, torch_memory(p), chunks)
 
 
+def cpu_tile(p: Problem) -> tuple[int, int]:
+    rows, cols = torch_chunked.default_tile(p.n, p.m, torch.device("cpu"), torch.float32)
+    return min(rows, p.n), min(cols, p.m)
+
+
 def tile_count(p: Problem) -> int:
-    height, width = torch_chunked.default_tile(p.n, p.m, torch.device("cpu"), torch.float32)
+    height, width = cpu_tile(p)
     return -(-p.n // height) * -(-p.m // width)
 
 
 def kept_tiles(p: Problem) -> int:
     """Tiles whose exponentials wait for the backward."""
-    cpu = torch.device("cpu")
-    if not backends.gradient_in_one_pass("torch", p.n, p.m, True, cpu):
+    if not backends.gradient_in_one_pass("torch", p.n, p.m, True, torch.device("cpu")):
         return 0
     lines = torch.empty(1).expand(1, p.m), torch.empty(1).expand(p.m, 1)
-    tile = tuple(map(min, torch_chunked.default_tile(p.n, p.m, cpu, torch.float32), (p.n, p.m)))
-    rule = torch_chunked.Problem(*lines, lines, None, None, None, torch.float32, torch.float32, tile, lines)
+    rule = torch_chunked.Problem(*lines, lines, None, None, None, torch.float32, torch.float32, cpu_tile(p), lines)
     return min(rule.tiles_to_keep(), tile_count(p))
 
 
 def torch_memory(p: Problem) -> float:
     """On a CPU, two directions: what is resident at the largest of four moments."""
-    height, width = map(min, torch_chunked.default_tile(p.n, p.m, torch.device("cpu"), torch.float32), (p.n, p.m))
+    height, width = cpu_tile(p)
     tile, kept, tiles = 4.0 * height * width, kept_tiles(p), tile_count(p)
     all_kept = kept == tiles
     buffers = tile if all_kept else 2 * tile  # the first holds a tile that is not kept
