@@ -16,6 +16,7 @@ sizes; its figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import io
@@ -310,7 +311,7 @@ def compiled(job: tuple[str, str, Any, int]) -> Result:
 
 
 def tune(context: Context) -> None:
-    """The fastest tile of each kernel at each D: all at one N, the best of them, in bands of other heights too, at a larger one."""
+    """The fastest tile of each kernel at each D: all at one N; the best, in bands of other heights too, at a larger one."""
     from dataclasses import replace
 
     import torch
@@ -423,9 +424,9 @@ def whole_step(context: Context, chip, chosen: Result) -> Result:
     x, y, scale = TileProblem.of(n, d, context.device, default).inputs
     inputs = [v.requires_grad_() for v in (x, y, scale)]
     result: Result = {"n": n, "d": d}
-    with mock.patch.object(backends, "choose", lambda *_: "triton"):
+    with mock.patch.object(backends, "choose", return_value="triton"):
         for name, config in (("table", default), ("tuned", tuned)):
-            with mock.patch.object(launch, "select", lambda *_, config=config: config):
+            with mock.patch.object(launch, "select", return_value=config):
                 result[name] = timed(lambda: torch.autograd.grad(ClipLoss()(*inputs), inputs), context)
     print(f"whole step, N = {n:,}, D = {d}:", {k: f"{1e3 * median(result[k]):.2f} ms" for k in ("table", "tuned")})
     return result
@@ -575,10 +576,8 @@ def run_step(name: str, limit: float, out: Path, dry_run: bool) -> Result:
 
 def stop(process: subprocess.Popen) -> None:
     """The process and what it started: its group is its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
