@@ -137,10 +137,13 @@ def by_triton(p: Problem, chip: Chip) -> Prediction:
     """``backends.triton.launch``: its chunks, its tiles, its accumulators."""
     launch, config = triton_launch(), launch_config(p, chip)
     forward, backward = config.forward, config.backward
-    one_pass = backends.gradient_in_one_pass("triton", p.n, p.m, p.directions == 2, torch.device("cuda"))
     both = p.directions == 2
+    one_pass = backends.gradient_in_one_pass("triton", p.n, p.m, both, torch.device("cuda"), torch_dtype(p))
     f_rows = launch.forward_chunk(p.n, p.m, forward, True, both)
     rows, cols = launch.gradient_chunk(p.n, p.m, backward, p.s)
+    if one_pass:  # the tiles of the forward are kept
+        rows, cols = launch.whole_lines(p.n, p.m, backward.rows, p.s), p.m
+        f_rows, forward = rows, backward
     n_forward, n_rows, n_cols = (launch.cdiv(*v) for v in ((p.n, f_rows), (p.n, rows), (p.m, cols)))
     product = 2 * p.logits * p.d
     partials = 8.0 * (p.n * launch.cdiv(p.m, forward.cols) + p.m * launch.cdiv(p.n, forward.rows) * both)
@@ -165,8 +168,8 @@ def by_triton(p: Problem, chip: Chip) -> Prediction:
             p.dtype,
             0.0 if one_pass else product,
             0.0 if one_pass else exponentials(backward),
-            n_rows * n_cols * operand_bytes(rows, cols, p, backward) + g,
-            n_rows * n_cols * TRITON_LAUNCH,
+            g + (0.0 if one_pass else n_rows * n_cols * operand_bytes(rows, cols, p, backward)),
+            0.0 if one_pass else n_rows * n_cols * TRITON_LAUNCH,
         ),
         # G and an operand are read; float32 accumulators of a chunk are read and written once a tile of G
         Phase(
@@ -251,17 +254,19 @@ def tile_count(p: Problem) -> int:
 
 def kept_tiles(p: Problem) -> int:
     """Tiles whose exponentials wait for the backward."""
-    if not backends.gradient_in_one_pass("torch", p.n, p.m, True, torch.device("cpu")):
+    if not backends.gradient_in_one_pass("torch", p.n, p.m, True, torch.device("cpu"), torch_dtype(p)):
         return 0
     lines = torch.empty(1).expand(1, p.m), torch.empty(1).expand(p.m, 1)
-    rule = torch_chunked.Problem(*lines, lines, None, None, None, torch.float32, torch.float32, cpu_tile(p), lines)
+    tile = cpu_tile(p)
+    one = torch.empty(1).expand(torch_chunked.tile_size(*tile))
+    rule = torch_chunked.Problem(*lines, lines, None, None, None, torch.float32, torch.float32, tile, (one, one))
     return min(rule.tiles_to_keep(), tile_count(p))
 
 
 def torch_memory(p: Problem) -> float:
     """On a CPU, two directions: what is resident at the largest of four moments."""
     height, width = cpu_tile(p)
-    tile, kept, tiles = 4.0 * height * width, kept_tiles(p), tile_count(p)
+    tile, kept, tiles = 4.0 * torch_chunked.tile_size(height, width), kept_tiles(p), tile_count(p)
     all_kept = kept == tiles
     buffers = tile if all_kept else 2 * tile  # the first holds a tile that is not kept
     rows = 4.0 * height * p.d  # of lhs with the scale, of a gradient
@@ -305,6 +310,10 @@ def dense(p: Problem, chip: Chip) -> Prediction:
     return Prediction("dense (open_clip.ClipLoss)", tuple(phases), 4 * copy + other_sides + packing, "4 N x M matrices")
 
 
+def torch_dtype(p: Problem) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(p.dtype, torch.float32)
+
+
 def triton_launch():
     try:
         from .backends.triton import launch
@@ -317,8 +326,7 @@ def launch_config(p: Problem, chip: Chip):
     from .backends.triton.config import FAMILIES
 
     assert chip.family is not None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(p.dtype, torch.float32)
-    return FAMILIES[chip.family].config(dtype, p.d, "tf32" if p.dtype == "tf32" else "ieee")
+    return FAMILIES[chip.family].config(torch_dtype(p), p.d, "tf32" if p.dtype == "tf32" else "ieee")
 
 
 def largest_batch(predict: Callable[[Problem, Chip], Prediction], p: Problem, chip: Chip, memory: float) -> int:

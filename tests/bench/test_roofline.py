@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import roofline
-from gcl_kernels import backends, gcl_loss, plan
+from gcl_kernels import gcl_loss, plan
 from gcl_kernels.backends import torch_chunked
 from gcl_kernels.chips import CHIPS, Reach
 from gcl_kernels.plan import Phase, Prediction, Problem
@@ -113,12 +113,19 @@ def test_ours_on_a_cpu_as_the_code_does(directions, budget, multiple, monkeypatc
     assert plan.ours(p, CPU).flops == made == multiple * 2048**2 * 16
 
 
-@pytest.mark.parametrize("with_gradient", [("torch",), ("torch", "triton")])
-def test_one_direction_costs_what_its_backend_can(with_gradient, monkeypatch):
-    monkeypatch.setattr(backends, "WITH_GRADIENT", with_gradient)
-    p = Problem(8192, 8192, 512, "bf16", directions=1)
-    multiple = 6 if "triton" in with_gradient else 8
-    assert roofline.ours(p, H200).flops == multiple * 8192**2 * 512
+@pytest.mark.parametrize(
+    ("n", "dtype", "multiple"),
+    [
+        (8192, "bf16", 6),
+        (8192, "fp16", 8),
+        (262_144, "bf16", 8),
+    ],  # float16 lacks the range, the budget too few whole lines
+)
+def test_one_direction_costs_what_its_backend_can(n, dtype, multiple):
+    p = Problem(n, n, 512, dtype, directions=1)
+    prediction = roofline.ours(p, H200)
+    assert prediction.flops == multiple * n * n * 512
+    assert sum(phase.exponentials for phase in prediction.phases) == (1 if multiple == 6 else 2) * n * n
 
 
 def test_report_is_labelled_and_shows_both_bounds(capsys, monkeypatch):

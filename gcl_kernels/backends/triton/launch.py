@@ -224,7 +224,7 @@ def forward_with_gradient(
     assert g_line is not None
     step = p.tile(backward=True).rows if by_row else p.tile(backward=True).cols
     stored = torch.float32 if INTERPRETED else lhs.dtype  # the interpreter's bfloat16 rounding is faulty
-    chunk = equal_parts(len(own), max(workspace_bytes() // (stored.itemsize * len(other)), step), step)
+    chunk = whole_lines(len(own), len(other), step, stored.itemsize)
     pitch = round_up(p.m if by_row else chunk, 64)
     workspace = lhs.new_empty((chunk if by_row else p.n, pitch), dtype=stored)
     with_own = need_own or (need_scale and not need_other)
@@ -594,6 +594,11 @@ def forward_chunk(n: int, m: int, tile: Tile, want_row: bool = True, want_col: b
     bytes_a_row = 8 * cdiv(m, tile.cols) * want_row + 8 * cdiv(m, tile.rows) * want_col
     chunk = workspace_bytes() // max(bytes_a_row, 1) // tile.rows * tile.rows
     return min(max(chunk, tile.rows), n)
+
+
+def whole_lines(lines: int, length: int, step: int, itemsize: int) -> int:
+    """How many whole lines of exponentials are kept at a time."""
+    return equal_parts(lines, max(workspace_bytes() // (itemsize * length), step), step)
 
 
 def gradient_chunk(n: int, m: int, tile: Tile, itemsize: int) -> tuple[int, int]:
