@@ -252,13 +252,13 @@ def bench_step(name: str) -> Callable[[Context], None]:
 
 def shown(command: Sequence[str]) -> tuple[int, str]:
     """Exit status and output, which is passed on line by line."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
 
 
 def candidates(context: Context) -> list[tuple[str, Any]]:
@@ -272,7 +272,7 @@ def candidates(context: Context) -> list[tuple[str, Any]]:
         for n_stages in stages:
             found.append(("forward_tile", Tile(rows, cols, 64, warps, n_stages)))
             found += [
-                ("backward_tile", Tile(rows, cols, 64, warps, n_stages, halves=halves)) for halves in (False, True)
+                ("backward_tile", Tile(rows, cols, 64, warps, n_stages, halves=halves)) for halves in halves_or_whole
             ]
     return found
 
