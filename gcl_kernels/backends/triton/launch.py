@@ -57,9 +57,7 @@ def forward(
     row, col = Statistics.of(lhs, p.n if want_row else 0), Statistics.of(lhs, p.m if want_col else 0)
 
     col_tiles = cdiv(p.m, tile.cols)
-    bytes_a_row = 8 * col_tiles * want_row + 8 * cdiv(p.m, tile.rows) * want_col
-    chunk = workspace_bytes() // max(bytes_a_row, 1) // tile.rows * tile.rows
-    chunk = min(max(chunk, tile.rows), p.n)
+    chunk = forward_chunk(p.n, p.m, tile, want_row, want_col)
     row_parts = lhs.new_empty((2, col_tiles * chunk if want_row else 0), dtype=torch.float32)
     col_parts = lhs.new_empty((2, cdiv(chunk, tile.rows) * p.m if want_col else 0), dtype=torch.float32)
     with on_device(lhs):
@@ -226,7 +224,7 @@ def forward_with_gradient(
     assert g_line is not None
     step = p.tile(backward=True).rows if by_row else p.tile(backward=True).cols
     stored = torch.float32 if INTERPRETED else lhs.dtype  # the interpreter's bfloat16 rounding is faulty
-    chunk = equal_parts(len(own), max(workspace_bytes() // (stored.itemsize * len(other)), step), step)
+    chunk = whole_lines(len(own), len(other), step, stored.itemsize)
     pitch = round_up(p.m if by_row else chunk, 64)
     workspace = lhs.new_empty((chunk if by_row else p.n, pitch), dtype=stored)
     with_own = need_own or (need_scale and not need_other)
@@ -589,6 +587,18 @@ def input_precision(dtype: torch.dtype) -> str:
         "high": "bf16x3" if on_hip else "tf32x3",
         "medium": "bf16x3" if on_hip else "tf32",
     }[torch.get_float32_matmul_precision()]
+
+
+def forward_chunk(n: int, m: int, tile: Tile, want_row: bool = True, want_col: bool = True) -> int:
+    """Rows whose partial (max, sum) pairs, 8 bytes a line and tile, fill the budget; a multiple of the tile unless all."""
+    bytes_a_row = 8 * cdiv(m, tile.cols) * want_row + 8 * cdiv(m, tile.rows) * want_col
+    chunk = workspace_bytes() // max(bytes_a_row, 1) // tile.rows * tile.rows
+    return min(max(chunk, tile.rows), n)
+
+
+def whole_lines(lines: int, length: int, step: int, itemsize: int) -> int:
+    """How many whole lines of exponentials are kept at a time."""
+    return equal_parts(lines, max(workspace_bytes() // (itemsize * length), step), step)
 
 
 def gradient_chunk(n: int, m: int, tile: Tile, itemsize: int) -> tuple[int, int]:

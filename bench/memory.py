@@ -1,0 +1,122 @@
+"""Peak memory of a step on the CPU beside what ``gcl_kernels.plan`` predicts: ``python -m bench.memory`` (two minutes).
+
+Each figure comes from a fresh process: peak resident memory over what is resident once the inputs are there, less the gradients.
+The process frees what it frees (``MALLOC_MMAP_THRESHOLD_``): otherwise glibc keeps some of the inputs' temporaries, which a step
+then takes over or not, and the figure says more about them than about the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from bench.measure import memory_mib, reset_peak
+from gcl_kernels import ClipLoss, plan
+from gcl_kernels.chips import Chip
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    loss: str  # ours or dense
+    n: int
+    d: int
+    dtype: str = "fp32"
+    budget_mib: int = 256
+
+    def __str__(self) -> str:
+        return f"{self.loss:6}{self.n:>7,} x {self.d:<5}{self.dtype:6}{self.budget_mib:>4} MiB"
+
+
+SWEEP = (
+    *(
+        Case("ours", n, d, "fp32", budget)
+        for n, d in ((2048, 512), (4096, 128), (8192, 64))
+        for budget in (16, 64, 256)
+    ),
+    Case("ours", 1024, 512),
+    Case("ours", 4096, 1024),
+    Case("ours", 4096, 2048),
+    Case("ours", 8192, 512),
+    Case("ours", 16_384, 64, "fp32", 64),
+    Case("ours", 16_384, 128),
+    Case("ours", 4096, 512, "bf16"),
+    Case("ours", 4096, 512, "bf16", 16),
+    Case("ours", 8192, 512, "fp16", 64),
+    *(Case("dense", n, d) for n, d in ((2048, 512), (4096, 128), (4096, 1024), (8192, 512))),
+)
+
+
+def measured(case: Case) -> float:
+    """Extra MiB, in a fresh process."""
+    environment = {
+        **os.environ,
+        "GCL_KERNELS_WORKSPACE_MIB": str(case.budget_mib),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    command = [sys.executable, "-m", "bench.memory", "--of", case.loss, str(case.n), str(case.d), case.dtype]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{case}: exit {result.returncode}\n{result.stderr[-2000:]}")
+    return float(result.stdout.split()[-1])
+
+
+def measure_here(name: str, n: int, d: int, dtype: str) -> float:
+    """Extra MiB of one step in this process, which should have done nothing else."""
+    if name == "ours":
+        loss = ClipLoss()
+    else:
+        from gcl_kernels.training.openclip import import_open_clip
+
+        loss = import_open_clip().ClipLoss()
+
+    def inputs(rows: int):
+        unit = torch.nn.functional.normalize
+        x, y = (unit(torch.randn(rows, d)).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
+        return x, y, torch.tensor(100 / 7).requires_grad_()
+
+    loss(*inputs(64)).backward()  # libraries and threads are there
+    tensors = inputs(n)
+    before = memory_mib("VmRSS")
+    reset_peak()
+    loss(*tensors).backward()
+    peak = memory_mib("VmHWM")
+    return peak - before - sum(x.grad.nbytes for x in tensors if x.grad is not None) / 2**20
+
+
+def predicted(case: Case, chip: Chip) -> float:
+    """Extra MiB; reads the budget from the environment, as the backend does."""
+    predict = plan.ours if case.loss == "ours" else plan.dense
+    return predict(plan.Problem.of_batch(case.n, case.d, case.dtype), chip).extra_memory / 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", nargs=4, metavar=("LOSS", "N", "D", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.of:
+        torch.set_num_threads(1)  # beside other work, threads that wait for each other take a hundred times as long
+        name, n, d, dtype = options.of
+        print(measure_here(name, int(n), int(d), dtype))
+        return 0
+    chip, worst = plan.this_cpu(), 0.0
+    print(f"{'':35}{'measured':>10}{'model':>10}")
+    for case in tqdm(SWEEP, unit="case"):
+        os.environ["GCL_KERNELS_WORKSPACE_MIB"] = str(case.budget_mib)
+        actual, expected = measured(case), predicted(case, chip)
+        off = expected / actual - 1
+        worst = max(worst, abs(off))
+        tqdm.write(f"{case!s:35}{actual:>10.1f}{expected:>10.1f} MiB {off:+.0%}")
+    print(f"the model is off by at most {worst:.0%}")
+    return worst > 0.15
+
+
+if __name__ == "__main__":
+    sys.exit(main())

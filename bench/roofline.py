@@ -1,0 +1,201 @@
+"""A model of the time, from data sheets and counts: ``python -m bench.roofline --n 65536 --d 768 --dtype bf16 --chip h200``.
+
+The floor of each phase of our plan, matrix products (GEMM), exponentials, device memory (HBM) and host work (launches), and what
+a step should take: overlapped (each phase as long as its slowest part) and serial (the sum of all parts). Beside it the same of
+each peer, whose operations were counted in its sources. Forward and backward of both directions.
+
+Ours is modelled in ``gcl_kernels.plan``, from the chunks and tiles that the backend really takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from gcl_kernels.chips import CHIPS, DTYPES, TRITON_LAUNCH, Chip
+from gcl_kernels.plan import (
+    DENSE_OPERATORS,
+    LABEL,
+    Phase,
+    Prediction,
+    Problem,
+    amount,
+    dense,
+    duration,
+    ours,
+    positive_int,
+)
+
+# Rows of logits that peers hold at a time, by their own rules.
+LINEAR_CROSS_ENTROPY_ROWS = 1024
+
+
+def compiled_dense(p: Problem, chip: Chip) -> Prediction:
+    """``open_clip.ClipLoss`` under torch.compile: products as before; log-softmax and loss in one pass that keeps the logits,
+    their gradient in another."""
+    copy, product = p.logits * p.s, 2 * p.logits * p.d
+    phases = []
+    for direction in ("images", "texts"):
+        phases += [
+            Phase(f"logits of {direction}", p.dtype, product, bytes=copy),
+            Phase("loss", exponentials=p.logits, bytes=copy, host=TRITON_LAUNCH),
+            Phase("their gradient", exponentials=p.logits, bytes=2 * copy, host=TRITON_LAUNCH),
+            Phase("products with it", p.dtype, 2 * product, bytes=2 * copy, host=2 * chip.launch),
+        ]
+    phases.append(Phase("the rest", host=DENSE_OPERATORS / 2 * chip.launch))
+    return Prediction("open_clip, compiled", tuple(phases), 4 * copy)
+
+
+def chunked_head(name: str, p: Problem, chip: Chip, rows: int, remark: str) -> Prediction:
+    """A fused linear cross-entropy that forms gradients in its forward, chunk of rows by chunk of rows, once a direction: 6 N M D
+    each. A chunk's logits are written, read for the loss, read and overwritten by their gradient, read by two products; the
+    weights' gradient is read and written once a chunk."""
+    copy, product = p.logits * p.s, 2 * p.logits * p.d
+    chunks = -(-p.n // rows)
+    accumulators = 2 * chunks * p.m * p.d * p.s
+    phases = []
+    for _ in range(2):
+        phases += [
+            Phase("logits", p.dtype, product, bytes=copy + chunks * p.m * p.d * p.s, host=chunks * chip.launch),
+            Phase("loss and gradient", exponentials=2 * p.logits, bytes=3 * copy, host=chunks * TRITON_LAUNCH),
+            Phase("products", p.dtype, 2 * product, bytes=2 * copy + accumulators, host=4 * chunks * chip.launch),
+        ]
+    phases.append(Phase("the rest", host=DENSE_OPERATORS / 2 * chip.launch))
+    chunk = 2.0 * rows * p.m * p.s
+    return Prediction(name, tuple(phases), chunk + 2.0 * (p.n + p.m) * p.d * p.s, remark)
+
+
+def linear_cross_entropy(p: Problem, chip: Chip) -> Prediction:
+    remark = f"chunks of {LINEAR_CROSS_ENTROPY_ROWS:,} rows assumed"
+    return chunked_head("F.linear_cross_entropy x2", p, chip, min(LINEAR_CROSS_ENTROPY_ROWS, p.n), remark)
+
+
+def liger(p: Problem, chip: Chip) -> Prediction:
+    """Its chunk: the next power of two above N / ceil(M / D)."""
+    rows = 1 << (-(-p.n // -(-p.m // p.d)) - 1).bit_length()
+    return chunked_head("Liger x2", p, chip, min(rows, p.n), f"chunks of {min(rows, p.n):,} rows")
+
+
+def cut_cross_entropy(p: Problem, chip: Chip) -> Prediction:
+    """Forward 2, backward 2 + 4, in one kernel each, once a direction. The backward adds each 128 x 128 tile's products to both
+    gradients in memory, under locks; its filter of small gradients, which drops some of that, is not modelled."""
+    product, tile = 2 * p.logits * p.d, 128
+    tiles_of_operands = 2.0 * p.logits * p.d * p.s / tile / 8  # eight neighbours share them in the L2 cache
+    phases = []
+    for _ in range(2):
+        phases += [
+            Phase("forward", p.dtype, product, p.logits, tiles_of_operands, 2 * TRITON_LAUNCH),
+            Phase("backward", p.dtype, 3 * product, p.logits, 2 * 2.0 * p.logits * p.d * p.s / tile, 2 * TRITON_LAUNCH),
+        ]
+    phases.append(Phase("the rest", host=DENSE_OPERATORS * chip.launch))
+    return Prediction(
+        "cut-cross-entropy x2", tuple(phases), float(p.n + p.m) * (p.d * p.s + 16), "accumulators through memory"
+    )
+
+
+def inf_cl(p: Problem, chip: Chip) -> Prediction:
+    """Forward 2, and 4 for each of two backward kernels, once a direction, all in tf32. The backward loads, adds and stores a
+    float32 block of gradient rows for every tile; tiles of 32 columns are assumed."""
+    product, tile_cols = 2 * p.logits * p.d, 32
+    kind = "tf32" if p.dtype != "fp32" else p.dtype
+    phases = []
+    for _ in range(2):
+        phases += [
+            Phase("forward", kind, product, p.logits, host=2 * TRITON_LAUNCH),
+            Phase("backward", kind, 4 * product, 2 * p.logits, 8.0 * p.logits * p.d / tile_cols, 2 * TRITON_LAUNCH),
+        ]
+    phases.append(Phase("the rest", host=DENSE_OPERATORS * chip.launch))
+    return Prediction("inf-cl x2", tuple(phases), 4.0 * (p.n + p.m) * (p.d + 4), "gradients through memory, tf32")
+
+
+PLANS: dict[str, Callable[[Problem, Chip], Prediction]] = {
+    "ours": ours,
+    "open_clip": dense,
+    "open_clip_compiled": compiled_dense,
+    "linear_cross_entropy": linear_cross_entropy,
+    "cut_cross_entropy": cut_cross_entropy,
+    "liger": liger,
+    "inf_cl": inf_cl,
+}
+
+
+def floor(p: Problem, chip: Chip) -> float:
+    """Seconds of the matrix products alone that no exact plan without N x M memory avoids: 8 N M D, 6 for one direction."""
+    return (8 if p.directions == 2 else 6) * p.logits * p.d / (chip.rate(p.dtype) * chip.reach.gemm)
+
+
+def predictions(p: Problem, chip: Chip) -> dict[str, Any]:
+    """What ``report`` prints, for a file."""
+    plans = {name: plan(p, chip) for name, plan in PLANS.items()}
+    return {
+        "model": LABEL,
+        "chip": chip.name,
+        "n": p.n,
+        "m": p.m,
+        "d": p.d,
+        "dtype": p.dtype,
+        "gemm_fraction": chip.reach.gemm,
+        "floor_ms": 1e3 * floor(p, chip),
+        "plans": {
+            name: {
+                "flops_over_nmd": plan.flops / (p.logits * p.d),
+                "overlapped_ms": 1e3 * plan.overlapped(chip),
+                "serial_ms": 1e3 * plan.serial(chip),
+                "extra_memory_mib": plan.extra_memory / 2**20,
+            }
+            for name, plan in plans.items()
+        },
+    }
+
+
+def report(p: Problem, chip: Chip) -> str:
+    mine = ours(p, chip)
+    kinds = ("GEMM", "exp", "HBM", "host")
+    lines = [
+        f"{LABEL}: {chip.name} by its data sheet, {chip.reach.gemm:.0%} of its products' and {chip.reach.bandwidth:.0%} of its "
+        "memory's rate assumed.",
+        f"N = {p.n:,}, M = {p.m:,}, D = {p.d}, {p.dtype}; forward and backward of both directions. "
+        f"Floor: 8 N M D at {chip.rate(p.dtype) * chip.reach.gemm / 1e12:.0f} TFLOP/s = {duration(floor(p, chip))}.",
+        "",
+        f"{mine.name}: {mine.remark}",
+        f"{'':20}" + "".join(f"{kind:>11}" for kind in kinds),
+    ]
+    for phase in mine.phases:
+        parts = phase.parts(chip)
+        if any(parts.values()):
+            lines.append(f"{phase.name:20}" + "".join(f"{duration(parts[k]) if parts[k] else '':>11}" for k in kinds))
+    totals = mine.totals(chip)
+    lines += [f"{'sum':20}" + "".join(f"{duration(totals[k]):>11}" for k in kinds), ""]
+    lines.append(f"{'plan':28}{'x N M D':>8}{'overlapped':>12}{'serial':>11}{'over ours':>11}{'extra memory':>14}")
+    for plan in (make(p, chip) for make in PLANS.values()):
+        seconds, factor = plan.overlapped(chip), plan.overlapped(chip) / mine.overlapped(chip)
+        lines.append(
+            f"{plan.name:28}{plan.flops / (p.logits * p.d):>8.1f}{duration(seconds):>12}{duration(plan.serial(chip)):>11}"
+            f"{factor:>10.1f}x{amount(plan.extra_memory):>14}  {plan.remark if plan is not mine else ''}"
+        )
+    lines += [
+        "",
+        f"({LABEL.lower()}: peers' counts are read from their sources, their kernels are granted our efficiency.)",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=positive_int, default=65_536)
+    parser.add_argument("--m", type=positive_int, help="default: N")
+    parser.add_argument("--d", type=positive_int, default=768)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="tf32: float32 at matmul precision 'medium'")
+    parser.add_argument("--chip", choices=CHIPS, default="h200")
+    parser.add_argument("--gemm-fraction", type=float, help="part of the published product rate that is expected")
+    options = parser.parse_args()
+    chip = CHIPS[options.chip]
+    if options.gemm_fraction is not None:
+        chip = replace(chip, reach=replace(chip.reach, gemm=options.gemm_fraction))
+    print(report(Problem(options.n, options.m or options.n, options.d, options.dtype), chip))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The model of memory and time against what is measured, what the launch code does, and what can be counted by hand."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import memory
+from gcl_kernels import plan
+from gcl_kernels.chips import CHIPS, DTYPES, Reach
+from gcl_kernels.plan import Problem
+
+H200 = CHIPS["h200"]
+CPU = dataclasses.replace(H200, family=None)  # memory does not ask for a rate
+MIB = 2**20
+needs_triton = pytest.mark.skipif(not plan.backends.HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", [memory.Case("ours", 2048, 512, "fp32", 24), memory.Case("dense", 2048, 128)], ids=str)
+def test_memory_on_a_cpu_as_measured(case, monkeypatch):
+    if case.loss == "dense" and importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed")
+    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", str(case.budget_mib))
+    assert memory.predicted(case, CPU) == pytest.approx(memory.measured(case), rel=0.15)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("n", "m", "d", "dtype"),
+    [
+        (4096, 4096, 768, "bf16"),
+        (65_536, 65_536, 768, "bf16"),
+        (65_536, 65_536, 760, "fp16"),
+        (8192, 65_536, 512, "bf16"),
+        (16_384, 16_384, 256, "fp32"),
+    ],
+)
+def test_triton_as_its_launch_code_does(n, m, d, dtype):
+    """Chunks, products and memory of the launch code itself, run on tensors without memory."""
+    from .tracing import trace_step
+
+    p = Problem(n, m, d, dtype)
+    config = plan.launch_config(p, H200)
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    forward, backward = trace_step(n, m, d, torch_dtype, config)
+    prediction = plan.ours(p, H200)
+    padded_d = -(-d // 16) * 16
+    assert forward.tile_logits == backward.tile_logits == n * m
+    assert backward.product_flops == 4 * n * m * padded_d
+    assert prediction.flops == 8 * n * m * d
+    assert prediction.remark == (
+        f"G in {backward.kernels['backward_tile']:,} of {' x '.join(f'{k:,}' for k in backward.largest_gradient)}, "
+        f"forward in {forward.kernels['forward_tile']:,} of {plan.triton_launch().forward_chunk(n, m, config.forward):,} rows"
+    )
+    extra = max(forward.peak, backward.peak - plan.gradients(p))
+    assert prediction.extra_memory == pytest.approx(extra, rel=0.1)
+    # the loss's own operators and autograd's are not in the trace
+    chunks = backward.kernels["backward_tile"]
+    operators = plan.FORWARD_OPERATORS + plan.BACKWARD_OPERATORS + plan.OPERATORS_A_TILE * chunks
+    operators += plan.OPERATORS_A_CHUNK * -(-n // backward.largest_gradient[0])
+    assert operators == pytest.approx(forward.operators + backward.operators, rel=0.15)
+
+
+@needs_triton
+def test_ranks_share_the_work_and_hold_all_columns():
+    one, eight = (Problem.of_batch(65_536, 768, "bf16", world_size) for world_size in (1, 8))
+    assert plan.ours(eight, H200).flops == plan.ours(one, H200).flops / 8 == 65_536**2 * 768
+    assert plan.dense(eight, H200).flops == 12 * 65_536**2 * 768 / 8
+    assert eight.gathered == 7 / 8 * 65_536 * 768 * 2
+    link = plan.ours(eight, H200).totals(H200)["link"]
+    assert link == pytest.approx((7 / 8 * 65_536 * 768 * (2 + 4) + 16 * 65_536) / (450e9 * 0.8))
+    assert plan.ours(one, H200).totals(H200)["link"] == 0
+    # beside the rows' share: the columns of others, and their gradient in float32
+    rows_alone = plan.ours(Problem(8192, 65_536, 768, "bf16"), H200).extra_memory
+    more = plan.ours(eight, H200).extra_memory - rows_alone
+    assert more == pytest.approx(2 * eight.gathered)
+
+
+@given(
+    st.sampled_from((plan.ours, plan.dense)),
+    st.sampled_from((*CHIPS.values(), CPU)),
+    st.sampled_from(DTYPES),
+    st.integers(1, 20),
+    st.sampled_from((64, 256, 768, 1280)),
+    st.sampled_from((1, 8)),
+)
+@settings(max_examples=60)
+@needs_triton
+def test_more_work_is_never_predicted_to_be_less(predict, chip, dtype, log2_n, d, world_size):
+    p = Problem.of_batch(2**log2_n, d, dtype, world_size)
+    small, large = predict(p, chip), predict(dataclasses.replace(p, n=2 * p.n, m=2 * p.m), chip)
+    wide = predict(dataclasses.replace(p, d=2 * d), chip)
+    assert small.extra_memory >= 0
+    for more in (large, wide):
+        assert more.flops > small.flops
+        assert more.serial(chip) >= small.serial(chip) >= small.overlapped(chip) > 0
+    if chip is not CPU or predict is plan.dense:  # a larger plane may be one of which nothing is kept
+        assert large.extra_memory >= 0.9 * small.extra_memory
+    slower = dataclasses.replace(chip, half=chip.half / 2, tf32=chip.tf32 / 2, fp32=chip.fp32 / 2)
+    assert predict(p, slower).serial(slower) > small.serial(chip)
+
+
+@needs_triton
+def test_the_largest_batch_fits_and_the_next_does_not():
+    p = Problem.of_batch(1, 768, "bf16", 2)
+    for predict in (plan.ours, plan.dense):
+        largest = plan.largest_batch(predict, p, H200, 20e9)
+
+        def needed(batch, predict=predict):
+            q = Problem.of_batch(batch, 768, "bf16", 2)
+            return q.inputs_and_gradients + predict(q, H200).extra_memory
+
+        assert largest % 512 == 0
+        assert needed(largest) <= 20e9 < needed(largest + 512)
+    assert plan.largest_batch(plan.dense, p, H200, 1e3) == 0
+
+
+def test_kept_tiles_follow_the_budget(monkeypatch):
+    p = Problem.of_batch(8192, 64, "fp32")
+    kept = {}
+    for budget in (1, 16, 64, 256, 1024):
+        monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", str(budget))
+        kept[budget] = plan.kept_tiles(p)
+    assert kept == {1: 0, 16: 0, 64: 13, 256: 61, 1024: 64}
+    assert plan.by_torch(p, CPU).flops == 6 * 8192**2 * 64
+    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
+    assert plan.by_torch(p, CPU).flops == 8 * 8192**2 * 64
+
+
+def test_rates_of_a_chip_follow_from_its_clock():
+    flops_a_clock = {"a100": 2048, "h100": 4096, "h200": 4096, "b200": 8192, "mi300x": 2048}
+    for name, chip in CHIPS.items():
+        assert chip.half == pytest.approx(flops_a_clock[name] * chip.units * chip.clock, rel=0.01), name
+        assert chip.half > chip.tf32 > chip.fp32
+        assert chip.rate("bf16") == chip.rate("fp16") == chip.half
+
+
+@needs_triton
+def test_command():
+    command = [sys.executable, "-m", "gcl_kernels.plan", "--batch", "4096", "--dim", "64", "--dtype", "bf16"]
+    result = subprocess.run([*command, "--device", "h200"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(plan.LABEL)
+    assert "ours, triton" in result.stdout
+    assert "dense" in result.stdout
+
+
+def test_this_cpu(capsys):
+    plan.main(["--batch", "2048", "--dim", "64", "--device", "cpu", "--world-size", "2"])
+    out = capsys.readouterr().out
+    assert out.startswith(plan.LABEL)
+    assert "measured just now" in out
+    assert "tiles of 1,024 x 1,024, 2 of 2 kept" in out
+    assert "exchange between ranks is not" in out
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "0"], ["--device", "h300"], ["--dtype", "fp8"]])
+def test_bad_arguments_are_refused(arguments, capsys):
+    whole = ["--batch", "8", "--dim", "64", "--device", "h200"]
+    with pytest.raises(SystemExit):
+        plan.main([*whole, *arguments])
+    assert arguments[0] in capsys.readouterr().err
+
+
+@needs_triton
+def test_what_is_expected_of_a_chip_is_a_parameter(capsys):
+    whole = ["--batch", "65536", "--dim", "768", "--device", "h200"]
+    plan.main(whole)
+    plan.main([*whole, "--gemm-fraction", "0.4", "--memory", "20"])
+    usual, slow = capsys.readouterr().out.split(plan.LABEL)[1:]
+    assert "80% in products" in usual
+    assert "40% in products" in slow
+    assert "does not fit" in slow  # dense, in 20 GiB
+    assert Reach().gemm == 0.8
