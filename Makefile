@@ -12,8 +12,8 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(READY)  ## train and rank on a data set made here, with and without GCL weights
 	$(PY) -m gcl_kernels.training.demo
 
-test: lint  ## lint, type check and the tests
-	$(PY) -m pytest
+test: lint  ## lint, type check and the tests: one process and one thread a core
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -p no:benchmark
 
 lint: $(READY)
 	$(PY) -m ruff check .

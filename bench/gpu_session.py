@@ -202,7 +202,7 @@ def timed(work: Callable[[], object], context: Context, milliseconds: int = 100)
         return [time.perf_counter() - start]
     from triton.testing import do_bench
 
-    times = do_bench(work, warmup=milliseconds // 4, rep=milliseconds, return_mode="all")
+    times: Any = do_bench(work, warmup=milliseconds // 4, rep=milliseconds, return_mode="all")
     return [t / 1e3 for t in (times if isinstance(times, list) else [times])]
 
 
@@ -373,9 +373,9 @@ def tune(context: Context) -> None:
 class TileProblem:
     """Inputs, and the default configuration's results, which every other must repeat."""
 
-    inputs: tuple[Any, ...]
+    inputs: tuple[Any, Any, Any]
     default: Any
-    statistics: tuple[Any, ...]
+    statistics: tuple[Any, Any, Any]
 
     @classmethod
     def of(cls, n: int, d: int, device: str, default) -> TileProblem:
