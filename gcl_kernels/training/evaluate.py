@@ -30,6 +30,13 @@ class Evaluation:
     per_query: dict[str, Tensor]
     means: dict[str, float]
 
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The metrics of each query, ``{query id: {metric: value}}``."""
+        columns = {name: values.tolist() for name, values in self.per_query.items()}
+        return {
+            query: {name: values[row] for name, values in columns.items()} for row, query in enumerate(self.query_ids)
+        }
+
 
 def minmax_grades(scores: Sequence[float]) -> list[int]:
     """The grades 1 to 100 of the GCL protocol: ``int((s - min) / (max - min) * 99 + 1)``, or all 1 for one single score.
@@ -61,11 +68,14 @@ def embed(
         (N, D) of unit length, float32.
     """
     rows = len(next(iter(fields.values())))
+    was_training = encoder.model.training
+    encoder.model.eval()
     parts = []
     for start in range(0, rows, batch_size):
         batch = {key: cells[start : start + batch_size] for key, cells in fields.items()}
         embeddings, mask = encoder(batch, kinds)
         parts.append(gcl_kernels.aggregate_fields(embeddings, weights, mask=mask).float())
+    encoder.model.train(was_training)
     return torch.cat(parts)
 
 
@@ -95,41 +105,42 @@ def search(
     return torch.cat(found)
 
 
+Side = tuple[Mapping[str, str], Mapping[str, float]]
+"""(kinds, weights) of the fields of a side: ``{field: "txt" or "img"}`` and ``{field: weight}``."""
+
+
+@dataclass
+class Corpus:
+    """The M documents that can be found: their ids and their embeddings (M, D) of unit length."""
+
+    document_ids: list[str]
+    embeddings: Tensor
+
+
+def embed_corpus(
+    encoder: FieldEncoder, documents: Mapping[str, Mapping[str, str]], right: Side, *, batch_size: int = 512
+) -> Corpus:
+    """Embed documents ``{id: {field: value}}``. One without any value cannot be embedded, and so cannot be found."""
+    document_ids = [identity for identity, values in documents.items() if any(values[key] for key in right[0])]
+    cells = {key: [documents[identity][key] for identity in document_ids] for key in right[0]}
+    return Corpus(document_ids, embed(encoder, cells, *right, batch_size=batch_size))
+
+
 def evaluate(
-    encoder: FieldEncoder,
-    pairs: Pairs,
-    documents: Mapping[str, Mapping[str, str]] | None,
-    left: tuple[Mapping[str, str], Mapping[str, float]],
-    right: tuple[Mapping[str, str], Mapping[str, float]],
-    *,
-    top_k: int = 1000,
-    batch_size: int = 512,
+    encoder: FieldEncoder, pairs: Pairs, corpus: Corpus, left: Side, *, top_k: int = 1000, batch_size: int = 512
 ) -> Evaluation:
     """Rank a corpus for the queries of ``pairs`` and grade the rankings.
 
     Args:
         pairs: the judged pairs; their scores become grades by :func:`minmax_grades`, over the whole file. Of a pair
             that occurs twice the last score counts.
-        documents: the corpus ``{id: {field: value}}``; None is the documents of ``pairs``.
-        left, right: (kinds, weights) of the fields of each side.
+        corpus: see :func:`embed_corpus`; for the documents of ``pairs`` themselves, of :func:`corpus_of`.
     """
-    model = encoder.model
-    was_training = model.training
-    model.eval()
     query_rows = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
     query_ids = sorted(query_rows, key=query_rows.__getitem__)
-    corpus = corpus_of(pairs) if documents is None else documents
-    # A document without any value cannot be embedded, and so cannot be found.
-    document_ids = [identity for identity, values in corpus.items() if any(values[key] for key in right[0])]
     queries = {key: [cells[query_rows[identity]] for identity in query_ids] for key, cells in pairs.left.items()}
-    texts = {key: [corpus[identity][key] for identity in document_ids] for key in right[0]}
-    ranking = search(
-        embed(encoder, queries, *left, batch_size=batch_size),
-        embed(encoder, texts, *right, batch_size=batch_size),
-        top_k,
-    ).cpu()
-    model.train(was_training)
-    return grade(pairs, query_ids, document_ids, ranking)
+    found = search(embed(encoder, queries, *left, batch_size=batch_size), corpus.embeddings, top_k)
+    return grade(pairs, query_ids, corpus.document_ids, found.cpu())
 
 
 def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:

@@ -20,8 +20,6 @@ set for any query: a few of each are drawn at random, and the others stay unjudg
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import unicodedata
 from collections import Counter
@@ -32,15 +30,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-IMAGE_SIZE = 32
+from gcl_kernels.training.splits import Judged, write_splits
 
-SPLITS = {
-    "in-domain": "train queries, train documents",
-    "novel query": "novel queries, train documents",
-    "novel document": "train queries, novel documents",
-    "zero-shot": "novel queries, novel documents",
-}
-"""The four test sets of the GCL protocol; the training set is the first."""
+IMAGE_SIZE = 32
 
 LEVELS = {80: "all words", 60: "same base letter", 30: "same script and category", 10: "same script or category"}
 """The least grade of each level of derived relevance, best first."""
@@ -93,34 +85,24 @@ class GlyphSet:
         """
         folder = Path(folder)
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        rows = []
+        documents = {}
         for glyph in self.documents:
             image = Path("images") / f"{glyph.identity[2:]}.png"
             render(glyph.character).save(folder / image)
-            rows.append({"title": glyph.name.lower() if glyph.named else "", "image": image.as_posix()})
-        files = {}
-        for split in SPLITS:
-            novel_query = split in ("novel query", "zero-shot")
-            novel_document = split in ("novel document", "zero-shot")
-            stem = folder / split.replace(" ", "_").replace("-", "_")
-            with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["query", "document", "title", "image", "score"])
-                for query in self.queries:
-                    for position, grade in query.grades.items() if query.novel == novel_query else ():
-                        if self.documents[position].novel == novel_document:
-                            row = rows[position]
-                            writer.writerow(
-                                [query.text, self.documents[position].identity, row["title"], row["image"], grade]
-                            )
-            corpus = {
-                glyph.identity: row
-                for glyph, row in zip(self.documents, rows, strict=True)
-                if glyph.novel == novel_document
+            documents[glyph.identity] = {
+                "title": glyph.name.lower() if glyph.named else "",
+                "image": image.as_posix(),
             }
-            stem.with_suffix(".json").write_text(json.dumps(corpus, indent=0), encoding="utf-8")
-            files[split] = stem.with_suffix(".csv"), stem.with_suffix(".json")
-        return files
+        novel = {glyph.identity for glyph in self.documents if glyph.novel}
+        queries = [
+            Judged(
+                query.text,
+                {self.documents[position].identity: grade for position, grade in query.grades.items()},
+                query.novel,
+            )
+            for query in self.queries
+        ]
+        return write_splits(folder, documents, novel, queries)
 
 
 def build(*, queries: int = 1000, documents: int | None = None, seed: int = 0) -> GlyphSet:

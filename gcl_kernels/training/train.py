@@ -26,7 +26,15 @@ from tqdm import tqdm
 import gcl_kernels
 from gcl_kernels.training.data import DataError, InputError, Pairs, read_documents, read_pairs, shown
 from gcl_kernels.training.encode import FieldEncoder
-from gcl_kernels.training.evaluate import Evaluation, evaluate, minmax_grades, random_ranking
+from gcl_kernels.training.evaluate import (
+    Corpus,
+    Evaluation,
+    corpus_of,
+    embed_corpus,
+    evaluate,
+    minmax_grades,
+    random_ranking,
+)
 from gcl_kernels.training.openclip import TINY_MODEL, create_model
 
 TABLE_METRICS = ("NDCG@10", "ERR", "RBP.9")
@@ -336,12 +344,19 @@ def train(args: argparse.Namespace) -> Run:
     )
 
     # ---- evaluation
+    left, right = (left_kinds, left_weights), (right_kinds, right_weights)
     evaluations, random = {}, {}
+    embedded: dict[str, Corpus] = {}
+    metas = dict(zip(args.val_data, args.doc_meta, strict=False))
     for path in tqdm(args.val_data, desc=f"{args.name}: evaluation", unit="file", disable=not args.val_data):
+        # Test sets often share a corpus; it is embedded once.
+        source = metas.get(path, path)
+        if source not in embedded:
+            documents = corpora[path] if path in corpora else corpus_of(tests[path])
+            embedded[source] = embed_corpus(encoder, documents, right, batch_size=args.batch_size)
         evaluations[path] = evaluate(
-            encoder, tests[path], corpora.get(path), (left_kinds, left_weights), (right_kinds, right_weights),
-            top_k=args.top_k, batch_size=args.batch_size,
-        )  # fmt: skip
+            encoder, tests[path], embedded[source], left, top_k=args.top_k, batch_size=args.batch_size
+        )
         random[path] = random_ranking(tests[path], evaluations[path].document_ids, top_k=args.top_k)
     run = Run(evaluations, random, losses, time.perf_counter() - started, peak_memory(device), checkpoint)
     (folder / "results.json").write_text(
@@ -353,6 +368,7 @@ def train(args: argparse.Namespace) -> Run:
                 "peak_bytes": run.peak_bytes,
                 "metrics": {path: evaluation.means for path, evaluation in evaluations.items()},
                 "random": {path: evaluation.means for path, evaluation in random.items()},
+                "per_query": {path: evaluation.rows() for path, evaluation in evaluations.items()},
             },
             indent=1,
         )

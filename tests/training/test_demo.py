@@ -7,7 +7,7 @@ import json
 from PIL import Image
 
 from gcl_kernels.training.demo import RUNS, main
-from gcl_kernels.training.glyphs import SPLITS
+from gcl_kernels.training.splits import SPLITS
 
 
 def test_the_demo_trains_twice_and_leaves_a_table_and_a_picture(tmp_path, capsys):

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 
 from gcl_kernels.training.data import Pairs
-from gcl_kernels.training.evaluate import corpus_of, evaluate, minmax_grades, random_ranking, search
+from gcl_kernels.training.evaluate import corpus_of, embed_corpus, minmax_grades, random_ranking, search
+from gcl_kernels.training.evaluate import evaluate as evaluate_on
 
 
 @given(
@@ -60,6 +61,11 @@ class Table:
     def __call__(self, fields, kinds):
         embeddings = {key: torch.tensor([self.vectors[cell] for cell in cells]) for key, cells in fields.items()}
         return embeddings, torch.tensor([[bool(cell) for cell in cells] for cells in fields.values()]).T
+
+
+def evaluate(encoder, pairs, documents, left, right, **options):
+    documents = corpus_of(pairs) if documents is None else documents
+    return evaluate_on(encoder, pairs, embed_corpus(encoder, documents, right), left, **options)
 
 
 TEXT = {"q": "txt"}, {"q": 1.0}

@@ -11,7 +11,6 @@ from PIL import ImageChops, ImageOps
 from gcl_kernels.training.data import read_documents, read_pairs
 from gcl_kernels.training.glyphs import (
     IMAGE_SIZE,
-    SPLITS,
     Glyph,
     base_letter,
     build,
@@ -20,6 +19,7 @@ from gcl_kernels.training.glyphs import (
     grade,
     render,
 )
+from gcl_kernels.training.splits import SPLITS
 
 
 @pytest.fixture(scope="module")
