@@ -43,10 +43,15 @@ def minmax_grades(scores: Sequence[float]) -> list[int]:
 
     The lowest score given gets 1, not 0: 0 is for documents that nobody judged.
     """
-    low, high = min(scores), max(scores)
+    return minmax(torch.tensor(scores, dtype=torch.float64)).tolist()
+
+
+def minmax(scores: Tensor) -> Tensor:
+    """:func:`minmax_grades` of a float64 tensor, as int64."""
+    low, high = scores.min(), scores.max()
     if low == high:
-        return [1] * len(scores)
-    return [int((score - low) / (high - low) * 99 + 1) for score in scores]
+        return torch.ones_like(scores, dtype=torch.int64)
+    return ((scores - low) / (high - low) * 99 + 1).long()
 
 
 @torch.no_grad()

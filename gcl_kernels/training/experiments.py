@@ -65,12 +65,14 @@ SMALL = ("--batch-size=128", "--steps=80", "--lr=2e-3", "--warmup=8")
 DATA = {
     "glyphs": DataSet(
         glyph_files,
-        ("--left-keys=query", "--right-keys=title,image", "--right-weights=0.3,0.7", "--weight-key=score", "--doc-id-key=document"),
+        ("--left-keys=query", "--right-keys=title,image", "--right-weights=0.3,0.7", "--weight-key=score",
+         "--doc-id-key=document"),
         "derived from Unicode's own structure",
     ),
     "chorus": DataSet(
         chorus_files,
-        ("--left-keys=query", "--right-keys=title,description", "--weight-key=rating", "--doc-id-key=product_id", "--context-length=24"),
+        ("--left-keys=query", "--right-keys=title,description", "--weight-key=rating", "--doc-id-key=product_id",
+         "--context-length=24"),
         "rated 0 to 3 by people",
     ),
     "emoji": DataSet(
@@ -169,8 +171,8 @@ def write_report(args: argparse.Namespace, files: Mapping[str, Files]) -> None:
         f"weights; {' '.join([*SMALL, *args.options])}.",
         "",
         "- Each value is the mean over queries and seeds; ± is the standard deviation over seeds.",
-        "- *difference* is the mean of the paired differences to `constant`, each query's values averaged over the seeds, with its",
-        "  95% bootstrap interval over queries, and *relative* the same over the mean of `constant`.",
+        "- *difference* is the mean of the paired differences to `constant`, each query's values averaged over the seeds, with",
+        "  its 95% bootstrap interval over queries, and *relative* the same over the mean of `constant`.",
         "- *p* is Fisher's paired randomisation test over queries, two-sided, not corrected for the number of rows.",
     ]
     for name, source in args.data:
@@ -209,7 +211,8 @@ def split_table(args: argparse.Namespace, name: str, source: Path | None, test: 
         if function != BASELINE:
             low, high = bootstrap_interval(ours - theirs)
             relative = (ours.mean() / theirs.mean() - 1) * 100 if theirs.mean() else float("nan")
-            compared = f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}] | {relative:+.1f}% | {paired_test(ours, theirs):.4f}"
+            p = paired_test(ours, theirs)
+            compared = f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}] | {relative:+.1f}% | {p:.4f}"
         command = f"`python -m gcl_kernels.training.experiments --data {name}{folder} --functions {BASELINE}"
         command += f"{'' if function == BASELINE else ' ' + function} --seeds {len(seeds)}`"
         rows.append(f"| {function} | {len(seeds)} | {' | '.join(values)} | {compared} | {command} |")

@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NAMES = ("NDCG@10", "ERR", "RBP.7", "RBP.8", "RBP.9", "AP", "RR", "recall@10")
+"""What :func:`all_metrics` computes."""
+
 
 def ndcg(gains: Tensor, judged: Tensor, k: int = 10) -> Tensor:
     """NDCG@k with linear gain: ``sum_r gain_r / log2(r + 1)`` over the first k ranks, over the same for the ideal order.

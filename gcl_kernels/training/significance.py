@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Values = Sequence[float] | np.ndarray
+
 RESAMPLES = 9999
 """Random resamples or sign assignments; an exact p-value is taken where fewer exist."""
 
 
-def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Values, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of (Q,) values, resampling queries (Efron and Tibshirani, 1993).
 
     A single value, or equal ones, are their own interval.
@@ -29,7 +31,7 @@ def bootstrap_interval(values: Sequence[float], *, confidence: float = 0.95, see
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def paired_test(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> float:
+def paired_test(ours: Values, theirs: Values, *, seed: int = 0) -> float:
     """Two-sided p-value of Fisher's randomisation test on the paired differences of (Q,) values.
 
     The chance that the mean difference is as far from 0, were the sign of each query's difference random: the test that
