@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from gcl_kernels.training.data import InputError
-from gcl_kernels.training.train import metrics_table, parse_args, train
+from gcl_kernels.training.options import parse_args
+from gcl_kernels.training.train import metrics_table, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path, evaluation in run.evaluations.items():
             rows += [(path, args.score_to_weight, evaluation), ("", "random ranking", run.random[path])]
         print(metrics_table(rows))
-    print(f"{run.seconds:.0f} s, peak memory {run.peak_bytes / 2**20:.0f} MiB, checkpoint {run.checkpoint}")
+    if run.checkpoint and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{run.seconds:.0f} s, peak memory {run.peak_bytes / 2**20:.0f} MiB, checkpoint {run.checkpoint}")
     return 0
 
 

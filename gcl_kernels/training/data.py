@@ -255,7 +255,7 @@ def read_documents(
             f"{path}, line 1: expected a JSON object {{document id: {{field: value}}}}, got another structure"
         )
 
-    if content.repeated:
+    if isinstance(content, _Object) and content.repeated:
         print(
             f"{path}: expected each document id once, got {len(content.repeated)} ids again, first "
             f"'{content.repeated[0]}'; the last document of an id counts"

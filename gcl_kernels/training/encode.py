@@ -7,19 +7,49 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from gcl_kernels.training.data import load_image
+from gcl_kernels.training.data import LINES_SHOWN, image_fault, load_image
 
 CACHE_BYTES = 1 << 30
 """Preprocessed images kept in memory: 1 GiB is some 87,000 of 32 x 32 pixels, or 1,800 of 224 x 224."""
 
+TEXTS_KEPT = 200_000
+"""Texts whose token ids are kept in memory, some 100 MB."""
+
+Inputs = dict[str, tuple[Tensor, Tensor | None]]
+"""``{field: (V inputs of the encoder, the place among them of each of N rows)}``; no places: V is N, row by row."""
+
+
+class TwoTower(nn.Module):
+    """An open_clip model whose ``forward`` encodes every field of both sides, as DistributedDataParallel wants it.
+
+    ``forward(left, right, ...)`` of ``Inputs`` returns the same mapping of ``{field: (N, D)}``, not normalised, and the
+    logit scale, 0-d, last. What a field is follows from its shape: token ids are (V, context), images (V, 3, H, W).
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *sides: Inputs) -> tuple[Any, ...]:
+        return *(self.encode(side) for side in sides), self.model.logit_scale.exp().reshape(())
+
+    def encode(self, side: Inputs) -> dict[str, Tensor]:
+        """Each distinct value is encoded once, however many rows hold it."""
+        embeddings = {}
+        for key, (values, places) in side.items():
+            encoded = self.model.encode_image(values) if values.ndim == 4 else self.model.encode_text(values)
+            embeddings[key] = encoded if places is None else encoded[places]
+        return embeddings
+
 
 class FieldEncoder:
-    """Encode the fields of one side with an open_clip model.
+    """Turns cells into inputs of an open_clip model, and into embeddings.
 
-    Within a batch each distinct value is encoded once, however many rows hold it. Token ids are kept for every text seen
-    and preprocessed images up to ``CACHE_BYTES``.
+    Token ids are kept for ``TEXTS_KEPT`` texts and preprocessed images up to ``CACHE_BYTES``. An image that cannot be read is
+    a missing value; ``lost`` holds the paths of those met so far.
     """
 
     def __init__(
@@ -31,6 +61,8 @@ class FieldEncoder:
         workers: int = 4,
     ) -> None:
         self.model = model
+        self.lost: dict[str, str] = {}
+        self._towers = TwoTower(model)
         self._tokenizer = tokenizer
         self._preprocess = preprocess
         self._device = next(model.parameters()).device
@@ -48,35 +80,68 @@ class FieldEncoder:
         Returns ``{field: (N, D)}``, not normalised, and the mask (N, F), bool, of the values that are there. A missing
         value "" has an embedding too, of no meaning: the mask must go wherever the embeddings go.
         """
-        embeddings = {}
+        inputs, mask = self.prepare(fields, kinds)
+        return self._towers.encode(self.to_device(inputs)), mask.to(self._device)
+
+    def prepare(
+        self, fields: Mapping[str, Sequence[str]], kinds: Mapping[str, str], *, distinct: bool = True
+    ) -> tuple[Inputs, Tensor]:
+        """The inputs of :class:`TwoTower` for N rows and the mask (N, F), all on the CPU.
+
+        With ``distinct`` each distinct value is there once, beside its places; without, there is one for each row, so that
+        the rows can be cut into micro-batches.
+        """
+        inputs: Inputs = {}
+        present = []
         for key, cells in fields.items():
             place = {value: number for number, value in enumerate(dict.fromkeys(cells))}
-            encode = self._encode_images if kinds[key] == "img" else self._encode_texts
-            rows = torch.tensor([place[cell] for cell in cells], device=self._device)
-            embeddings[key] = encode(list(place))[rows]
-        present = [[bool(cell) for cell in cells] for cells in fields.values()]
-        return embeddings, torch.tensor(present, device=self._device).T
+            values = self._images_of(list(place)) if kinds[key] == "img" else self._tokens_of(list(place))
+            places = torch.tensor([place[cell] for cell in cells])
+            inputs[key] = (values, places) if distinct else (values[places], None)
+            present.append([bool(cell) and not (kinds[key] == "img" and cell in self.lost) for cell in cells])
+        return inputs, torch.tensor(present).T
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
+    def to_device(self, inputs: Inputs) -> Inputs:
+        device = self._device
+        return {
+            key: (values.to(device), None if places is None else places.to(device))
+            for key, (values, places) in inputs.items()
+        }
+
+    def _tokens_of(self, texts: list[str]) -> Tensor:
+        if len(self._tokens) > TEXTS_KEPT:
+            self._tokens.clear()
         new = [text for text in texts if text not in self._tokens]
         if new:
-            # int32 halves the table; the vocabulary is far smaller.
-            self._tokens.update(zip(new, self._tokenizer(new).int(), strict=True))
-        tokens = torch.stack([self._tokens[text] for text in texts])
-        return self.model.encode_text(tokens.to(self._device, torch.int64))
+            # int32 halves the table; the vocabulary is far smaller. Each its own storage, so that it can be let go of.
+            self._tokens.update(
+                (text, tokens.clone()) for text, tokens in zip(new, self._tokenizer(new).int(), strict=True)
+            )
+        return torch.stack([self._tokens[text] for text in texts]).long()
 
-    def _encode_images(self, paths: list[str]) -> Tensor:
-        images = torch.stack(list(self._pool.map(self._load, paths)))
-        return self.model.encode_image(images.to(self._device))
+    def _images_of(self, paths: list[str]) -> Tensor:
+        return torch.stack(list(self._pool.map(self._load, paths)))
 
     def _load(self, path: str) -> Tensor:
         image = self._images.get(path)
         if image is None:
-            image = self._preprocess(load_image(path)) if path else self._blank()
+            image = self._read(path) if path else self._blank()
             if self._image_bytes + image.nbytes <= CACHE_BYTES:
                 self._images[path] = image
                 self._image_bytes += image.nbytes
         return image
+
+    def _read(self, path: str) -> Tensor:
+        try:
+            return self._preprocess(load_image(path))
+        except Exception:
+            fault = image_fault(path)
+            if fault is None:
+                raise
+            self.lost[path] = fault
+            if len(self.lost) <= LINES_SHOWN:
+                tqdm.write(f"expected a readable image, got {fault}; a missing value from now on")
+            return self._blank()
 
     def _blank(self) -> Tensor:
         size = self.model.visual.image_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import gcl_kernels
-from gcl_kernels.training.data import Pairs
+from gcl_kernels.training.data import DataError, Pairs
 from gcl_kernels.training.encode import FieldEncoder
 from gcl_kernels.training.metrics import all_metrics
 
@@ -127,8 +127,15 @@ def embed_corpus(
 ) -> Corpus:
     """Embed documents ``{id: {field: value}}``. One without any value cannot be embedded, and so cannot be found."""
     document_ids = [identity for identity, values in documents.items() if any(values[key] for key in right[0])]
+    if not document_ids:
+        raise DataError(f"expected a document with a value in one of {list(right[0])}, got none among {len(documents)}")
     cells = {key: [documents[identity][key] for identity in document_ids] for key in right[0]}
-    return Corpus(document_ids, embed(encoder, cells, *right, batch_size=batch_size))
+    embeddings = embed(encoder, cells, *right, batch_size=batch_size)
+    # One whose only value is an image that could not be read has no direction either.
+    found = (embeddings != 0).any(dim=1)
+    if not found.all():
+        document_ids = [identity for identity, there in zip(document_ids, found.tolist(), strict=True) if there]
+    return Corpus(document_ids, embeddings[found])
 
 
 def evaluate(
@@ -146,6 +153,23 @@ def evaluate(
     queries = {key: [cells[query_rows[identity]] for identity in query_ids] for key, cells in pairs.left.items()}
     found = search(embed(encoder, queries, *left, batch_size=batch_size), corpus.embeddings, top_k)
     return grade(pairs, query_ids, corpus.document_ids, found.cpu())
+
+
+def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> None:
+    """Say in one line how many judged documents the corpus lacks: they stay in the ground truth and are never found.
+
+    Raises:
+        DataError: the corpus has none of them; ids and corpus do not belong together.
+    """
+    judged = dict.fromkeys(pairs.document_ids)
+    missing = [identity for identity in judged if identity not in corpus]
+    if not missing:
+        return
+    counts = f"{len(missing)} of {len(judged)}"
+    message = f"{path}: expected all documents in the corpus, got {counts} that are not, first '{missing[0]}'"
+    if len(missing) == len(judged):
+        raise DataError(message)
+    print(f"{message}; they count as not found")
 
 
 def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:

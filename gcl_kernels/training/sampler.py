@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gcl_kernels.training.data import InputError
+
 WINDOW = 16
 """A batch without duplicates looks at this many times its size of rows; what it passes over waits for the next one."""
 
@@ -14,12 +16,15 @@ class Sampler:
 
     Args:
         rows: (R,) int64, the rows to draw from; ``batch_size`` is at most R.
+        least: batches of fewer rows are left out.
         ids: (R, K) int64. Given, no two rows of a batch have an equal id in any column; a batch that finds no further row
             ends short. None: the last rows of an epoch, too few for a batch, wait for another epoch.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, *, seed: int = 0, ids: Tensor | None = None) -> None:
-        self._rows, self._batch_size, self._seed, self._ids = rows, batch_size, seed, ids
+    def __init__(
+        self, rows: Tensor, batch_size: int, *, seed: int = 0, least: int = 1, ids: Tensor | None = None
+    ) -> None:
+        self._rows, self._batch_size, self._seed, self._least, self._ids = rows, batch_size, seed, least, ids
         self.epoch, self.batch = 0, 0
         self._plan = self._batches(0)
 
@@ -74,4 +79,7 @@ class Sampler:
                     taken.append(place)
             batches.append(torch.tensor(taken))
         # The last batches are of the few queries that most rows have: a batch of one row has no negative at all.
-        return [batch for batch in batches if len(batch) > 1] or batches
+        enough = [batch for batch in batches if len(batch) >= max(self._least, 2)]
+        if not enough:
+            raise InputError("--false-negatives avoid: expected rows of different queries and documents, got no two")
+        return enough

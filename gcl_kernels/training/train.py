@@ -2,209 +2,102 @@
 
     python -m gcl_kernels.training --train-data pairs.csv --left-keys "['query']" --right-keys "['title','image']" \\
         --weight-key score
+    torchrun --nproc-per-node 8 -m gcl_kernels.training ...
 
-Flags that mean what they mean in open_clip bear open_clip's names; those of GCL bear Marqtune's.
+The options are those of :mod:`gcl_kernels.training.options`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import gcl_kernels
-from gcl_kernels.training.data import DataError, InputError, Pairs, read_documents, read_pairs, shown
-from gcl_kernels.training.encode import FieldEncoder
+from gcl_kernels import grad_cache
+from gcl_kernels.training import checkpoint as checkpoints
+from gcl_kernels.training import processes
+from gcl_kernels.training.data import Columns, DataError, EmptyError, InputError, PairFile, Pairs, read_documents, shown
+from gcl_kernels.training.encode import FieldEncoder, Inputs, TwoTower
 from gcl_kernels.training.evaluate import (
     Corpus,
     Evaluation,
     corpus_of,
     embed_corpus,
     evaluate,
-    minmax_grades,
+    known_documents,
+    minmax,
     random_ranking,
 )
-from gcl_kernels.training.openclip import TINY_MODEL, create_model
+from gcl_kernels.training.openclip import create_model
+from gcl_kernels.training.sampler import Sampler
+from gcl_kernels.training.tracking import Tracker
 
 TABLE_METRICS = ("NDCG@10", "ERR", "RBP.9")
+
+PLACES = {
+    "logs", "name", "resume", "config", "report_to", "log_every_n_steps", "keep_last", "save_frequency", "save_steps",
+    "val_frequency", "val_steps", "workers",
+}  # fmt: skip
+"""Options that a resumed run may change without becoming another run."""
 
 
 @dataclass
 class Run:
     """What a training run leaves: one evaluation and one random ranking per ``--val-data`` file, and what it cost."""
 
-    evaluations: dict[str, Evaluation]
-    random: dict[str, Evaluation]
-    losses: list[float]
-    seconds: float
-    peak_bytes: int
-    checkpoint: Path
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    random: dict[str, Evaluation] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    checkpoint: Path | None = None
 
 
-def parse_list(text: str) -> list[Any]:
-    """A Python literal list, or values separated by commas: ``"['title', 'image']"`` or ``title,image``."""
-    text = text.strip()
-    if text[:1] in ("[", "("):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            raise argparse.ArgumentTypeError(f"expected a Python list or comma-separated values, got {text}") from None
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-    return [part.strip() for part in text.split(",") if part.strip()]
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of one step, on the CPU; ``epoch`` and ``number`` say where the sampler was after drawing it."""
 
-
-def parse_weights(text: str) -> list[float]:
-    """A list of numbers >= 0, not all 0."""
-    try:
-        weights = [float(value) for value in parse_list(text)]
-    except (TypeError, ValueError):
-        weights = []
-    if not (weights and all(math.isfinite(weight) and weight >= 0 for weight in weights) and sum(weights) > 0):
-        raise argparse.ArgumentTypeError(f"expected numbers >= 0, not all 0, got {text}")
-    return weights
-
-
-def parse_kinds(text: str) -> list[list[str]]:
-    """``"[['txt'], ['txt', 'img']]"`` or ``"txt;txt,img"``: the kinds of the left fields, then of the right ones."""
-    kinds = parse_list(text) if text.strip()[:1] in ("[", "(") else [parse_list(side) for side in text.split(";")]
-    if len(kinds) != 2 or not all(isinstance(side, (list, tuple)) and set(side) <= {"txt", "img"} for side in kinds):
-        raise argparse.ArgumentTypeError(f"expected two lists of 'txt' and 'img', got {text}")
-    return [list(side) for side in kinds]
-
-
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type: a finite number > 0."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Show a default where there is one to show."""
-        return action.help if action.default in (None, [], False, -math.inf) else super()._get_help_string(action)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of ``python -m gcl_kernels.training``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gcl_kernels.training", description="Train an open_clip model on (query, document, score) rows with GCL.",
-        formatter_class=_Help,
-    )  # fmt: skip
-    lists = "a Python list or comma-separated"
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--train-data", required=True, metavar="FILE", help="CSV or TSV with a header line")
-    data.add_argument("--val-data", nargs="*", default=[], metavar="FILE", help="CSV or TSV files to evaluate on")
-    data.add_argument("--doc-meta", nargs="*", default=[], metavar="FILE",
-                      help="JSON {id: {field: value}}, corpus of each --val-data file; default: that file's documents",
-                      )  # fmt: skip
-    data.add_argument("--left-keys", required=True, type=parse_list, help=f"columns of the query, {lists}")
-    data.add_argument("--right-keys", required=True, type=parse_list, help=f"columns of the document, {lists}")
-    data.add_argument("--weight-key", "--weight_key", required=True, help="column of the score, a number >= 0")
-    data.add_argument("--img-or-txt", type=parse_kinds, metavar="KINDS",
-                      help="[['txt'], ['txt', 'img']]: kinds of the left and right columns; default: img where the name "
-                      "contains 'image' or 'img'")  # fmt: skip
-    data.add_argument("--query-id-key", help="column that identifies the query; default: the left columns together")
-    data.add_argument("--doc-id-key", help="column that identifies the document; default: the right columns together")
-    data.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
-    data.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave bad rows out and say which, instead of stopping"
-    )
-
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--score-to-weight", default="inverse_sqrt",
-                      help="constant (plain CLIP), linear, inverse, inverse_sqrt, log")  # fmt: skip
-    loss.add_argument("--score-scaling", choices=("minmax", "none"), default="minmax",
-                      help="minmax: scores become int((s - min) / (max - min) * 99 + 1) over the training file, as in "
-                      "evaluation; none: scores are in [1, s_max] already")  # fmt: skip
-    loss.add_argument("--s-max", type=positive(float), default=100.0, help="largest score, with --score-scaling none")
-    loss.add_argument("--min-score", type=float, default=-math.inf,
-                      help="leave training rows with a lower score out: judged not relevant, so no positives")  # fmt: skip
-    loss.add_argument(
-        "--weight-normalize", choices=("mean", "none"), default="mean", help="divide weights by the batch mean"
-    )
-    loss.add_argument("--left-weights", type=parse_weights, help=f"weight of each left field, {lists}; default: equal")
-    loss.add_argument(
-        "--right-weights", type=parse_weights, help=f"weight of each right field, {lists}; default: equal"
-    )
-    loss.add_argument(
-        "--cross-field-loss", action="store_true", help="add the mean of the loss over all pairs of fields"
-    )
-
-    train = parser.add_argument_group("training")
-    train.add_argument("--model", default=TINY_MODEL, help="any open_clip model name")
-    train.add_argument("--pretrained", help="open_clip's tag or a checkpoint file; default: random weights")
-    train.add_argument("--context-length", type=positive(int), help="text tokens; default: the model's own")
-    train.add_argument("--batch-size", type=positive(int), default=512)
-    train.add_argument("--epochs", type=positive(int), default=10)
-    train.add_argument("--steps", type=positive(int), help="number of batches in all, instead of --epochs")
-    train.add_argument("--lr", type=positive(float), default=5e-4)
-    train.add_argument("--wd", type=float, default=0.2)
-    train.add_argument("--warmup", type=int, default=100, help="steps; at most a tenth of the run is used")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--workers", type=positive(int), default=4, help="threads that decode images")
-    train.add_argument(
-        "--top-k", type=positive(int), default=1000, help="documents ranked for each query in evaluation"
-    )
-    train.add_argument("--logs", default="logs", metavar="DIR")
-    train.add_argument("--name", help="results go to LOGS/NAME; default: the date and time")
-    args = parser.parse_args(argv)
-
-    if args.img_or_txt is None:
-        args.img_or_txt = [
-            ["img" if "image" in key.lower() or "img" in key.lower() else "txt" for key in keys]
-            for keys in (args.left_keys, args.right_keys)
-        ]
-    for side, keys, kinds in zip(("left", "right"), (args.left_keys, args.right_keys), args.img_or_txt, strict=True):
-        weights = getattr(args, f"{side}_weights") or [1.0] * len(keys)
-        setattr(args, f"{side}_weights", weights)
-        if not keys or len(set(keys)) != len(keys) or not all(isinstance(key, str) for key in keys):
-            parser.error(f"--{side}-keys: expected different column names, got {keys}")
-        if len(weights) != len(keys):
-            parser.error(f"--{side}-weights: expected {len(keys)} weights as in --{side}-keys, got {len(weights)}")
-        if len(kinds) != len(keys):
-            parser.error(f"--img-or-txt: expected {len(keys)} {side} kinds as in --{side}-keys, got {len(kinds)}")
-    if args.doc_meta and len(args.doc_meta) != len(args.val_data):
-        files, corpora = len(args.val_data), len(args.doc_meta)
-        parser.error(f"--doc-meta: expected one file for each of the {files} in --val-data, got {corpora}")
-    if args.csv_separator is not None:
-        args.csv_separator = str({"\\t": "\t", "tab": "\t"}.get(args.csv_separator, args.csv_separator))
-        if len(args.csv_separator) != 1:
-            parser.error(f"--csv-separator: expected one character, got '{args.csv_separator}'")
-    if args.warmup < 0 or args.wd < 0:
-        parser.error(f"expected --warmup and --wd >= 0, got {args.warmup} and {args.wd}")
-    args.name = args.name or time.strftime("%Y_%m_%d-%H_%M_%S")
-    return args
+    rows: Tensor
+    left: Inputs
+    left_mask: Tensor
+    right: Inputs
+    right_mask: Tensor
+    epoch: int
+    number: int
+    ends_epoch: bool
 
 
 def train(args: argparse.Namespace) -> Run:
     """Read, train, save, evaluate. ``args`` are those of :func:`parse_args`.
 
     Writes ``LOGS/NAME/checkpoints/epoch_N.pt``, which ``open_clip.create_model(MODEL, pretrained=FILE)`` loads, and
-    ``LOGS/NAME/results.json``.
+    ``LOGS/NAME/results.json``. Under torchrun every process calls it and all return the same losses; the first writes, and
+    evaluates.
 
     Raises:
-        InputError: files or options that cannot be used.
+        InputError: files or options that cannot be used; a checkpoint that cannot be resumed; a loss that is not finite.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with processes.start() as group:
+        return train_in(group, args)
+
+
+def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
+    """:func:`train`, as one of several processes."""
+    device, folder = group.device, Path(args.logs) / args.name
     started = time.perf_counter()
     reset_peak_memory(device)
 
@@ -215,59 +108,94 @@ def train(args: argparse.Namespace) -> Run:
     )
     left_weights = dict(zip(args.left_keys, args.left_weights, strict=True))
     right_weights = dict(zip(args.right_keys, args.right_weights, strict=True))
+    columns = Columns(left_kinds, right_kinds, args.weight_key, args.query_id_key, args.doc_id_key)
 
-    def read(path: str) -> Pairs:
-        pairs = read_pairs(
-            path, left_kinds, right_kinds, args.weight_key, separator=args.csv_separator, query_id_key=args.query_id_key,
-            document_id_key=args.doc_id_key, skip_bad_rows=args.skip_bad_rows,
+    def read(path: str) -> PairFile:
+        pairs = PairFile(
+            path, columns, separator=args.csv_separator, dataset_type=args.dataset_type, check_images=args.check_images,
+            skip_bad_rows=args.skip_bad_rows,
         )  # fmt: skip
-        print(
-            f"{path}: {len(pairs)} pairs, {len(set(pairs.query_ids))} queries, {len(set(pairs.document_ids))} documents"
-        )
-        if pairs.bad_rows:
-            print(f"{path}: {len(pairs.bad_rows)} bad rows skipped:", *shown(pairs.bad_rows), sep="\n  ")
+        if group.first:
+            queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
+            print(f"{path}: {len(pairs)} pairs, {queries} queries, {documents} documents")
+            if pairs.bad_count:
+                print(
+                    f"{path}: {pairs.bad_count} bad rows skipped:", *shown(pairs.bad_rows, pairs.bad_count), sep="\n  "
+                )
         return pairs
 
     pairs = read(args.train_data)
-    tests = {path: read(path) for path in args.val_data}
-    corpora = {
-        path: read_documents(meta, right_kinds) for path, meta in zip(args.val_data, args.doc_meta, strict=False)
-    }
-    for path, corpus in corpora.items():
-        if missing := [identity for identity in dict.fromkeys(tests[path].document_ids) if identity not in corpus]:
-            raise DataError(
-                f"{path}: expected all documents in the corpus of --doc-meta, got {len(missing)} that are not, "
-                f"first '{missing[0]}'"
+    tests: dict[str, Pairs] = {}
+    corpora: dict[str, dict[str, dict[str, str]]] = {}
+    metas = dict(zip(args.val_data, args.doc_meta, strict=False))
+    for path in args.val_data if group.first else ():
+        try:
+            tests[path] = read(path).take()
+        except EmptyError as error:
+            print(f"{error}; passed over")
+            continue
+        meta = metas.get(path, path)
+        if meta not in corpora:
+            corpora[meta] = (
+                read_documents(meta, right_kinds, check_images=args.check_images)
+                if path in metas
+                else corpus_of(tests[path])
             )
+        known_documents(path, tests[path], corpora[meta])
 
-    if args.score_scaling == "none" and not 1 <= min(pairs.scores) <= max(pairs.scores) <= args.s_max:
+    low, high = pairs.scores.min().item(), pairs.scores.max().item()
+    if args.score_scaling == "none" and not 1 <= low <= high <= args.s_max:
         raise DataError(
-            f"{args.train_data}: expected scores in [1, {args.s_max:g}] with --score-scaling none, got "
-            f"{min(pairs.scores):g} to {max(pairs.scores):g}"
+            f"{args.train_data}: expected scores in [1, {args.s_max:g}] with --score-scaling none, got {low:g} to {high:g}"
         )
-    scores = torch.tensor(minmax_grades(pairs.scores) if args.score_scaling == "minmax" else pairs.scores).float()
-    used = [row for row, score in enumerate(pairs.scores) if score >= args.min_score]
-    if not used:
-        most = max(pairs.scores)
-        raise DataError(f"{args.train_data}: expected a score >= --min-score {args.min_score:g}, got {most:g} at most")
-    # The ids of a side are numbers shared with the other side: the same query's, or the same document's, other rows
-    # are no negatives.
-    query_number = {identity: number for number, identity in enumerate(dict.fromkeys(pairs.query_ids))}
-    document_number = {identity: number for number, identity in enumerate(dict.fromkeys(pairs.document_ids))}
-    ids = torch.tensor(
-        [(query_number[q], document_number[d]) for q, d in zip(pairs.query_ids, pairs.document_ids, strict=True)]
+    scores = (minmax(pairs.scores) if args.score_scaling == "minmax" else pairs.scores).float()
+    used = (pairs.scores >= args.min_score).nonzero().flatten()
+    if len(used) == 0:
+        raise DataError(f"{args.train_data}: expected a score >= --min-score {args.min_score:g}, got {high:g} at most")
+    # A row's query and document are positives of each other in its own row alone; where they come again, with the same
+    # query or the same document, other rows are no negatives.
+    ids = torch.stack([pairs.query_numbers, pairs.document_numbers], dim=1)
+    micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
+    batch_size = min(args.batch_size * args.accum_freq * group.world, len(used))
+    if batch_size < group.world:
+        raise DataError(
+            f"{args.train_data}: expected a row for each of {group.world} processes, got {batch_size} in all"
+        )
+    sampler = Sampler(
+        used, batch_size, seed=args.seed, least=group.world, ids=ids[used] if args.false_negatives == "avoid" else None
     )
+    steps = args.steps or args.epochs * sampler.batches_per_epoch
+    warmup = min(args.warmup, steps // 10)
 
-    # ---- model, loss, optimiser
+    # ---- model
     torch.manual_seed(args.seed)
     model, tokenizer, preprocess = create_model(
         args.model, pretrained=args.pretrained, context_length=args.context_length, device=device
     )
     encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.workers)
+    if args.lock_image:
+        model.lock_image_tower()
+    if args.lock_text:
+        model.lock_text_tower()
+    freeze_what_no_field_uses(model, {*left_kinds.values(), *right_kinds.values()})
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.torchcompile:
+        # The number of distinct values changes from batch to batch.
+        model.encode_text, model.encode_image = (
+            torch.compile(tower, dynamic=True) for tower in (model.encode_text, model.encode_image)
+        )
+    towers: Any = TwoTower(model)
+    if group.group is not None:
+        towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
+    encode = grad_cache.cached(towers, micro_batch) if micro_batch else towers
+
+    # ---- loss
     loss_options: dict[str, Any] = {
         "score_to_weight": args.score_to_weight,
         "s_max": args.s_max if args.score_scaling == "none" else 100.0,
         "normalize": None if args.weight_normalize == "none" else args.weight_normalize,
+        "process_group": group.group,
     }
     try:
         loss_of_sides = gcl_kernels.GCLLoss(
@@ -278,113 +206,303 @@ def train(args: argparse.Namespace) -> Run:
     # Equal field weights, the default, make it the mean over all (left, right) pairs of fields.
     loss_of_field_pairs = gcl_kernels.GCLLoss(**loss_options, field_mode="pairwise")
 
+    # ---- optimiser
     # As in open_clip, gains and biases do not decay.
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [weight for _, weight in named if weight.ndim < 2], "weight_decay": 0.0},
-            {"params": [weight for _, weight in named if weight.ndim >= 2], "weight_decay": args.wd},
+            {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0},
+            {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": args.wd},
         ],
         lr=args.lr,
-        betas=(0.9, 0.98),
-        eps=1e-6,
+        betas=(args.beta1, args.beta2),
+        eps=args.eps,
     )
+    precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
+    dtype = torch.float16 if precision == "amp" else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")  # pyright: ignore[reportPrivateImportUsage]
 
-    batch_size = min(args.batch_size, len(used))
-    steps_per_epoch = len(used) // batch_size
-    steps = args.steps or args.epochs * steps_per_epoch
-    warmup = min(args.warmup, steps // 10)
+    # ---- from a checkpoint
+    run, first_step, best, history = Run(), 0, -math.inf, []
+    found = checkpoints.resume(args.resume, folder / "checkpoints") if args.resume else None
+    if found:
+        path, content = found
+        ours = content[checkpoints.OURS]
+        warn_of_changes(path, ours, args, len(pairs), group)
+        try:
+            model.load_state_dict(content["state_dict"])
+            optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: expected a checkpoint of {args.model}, got other weights: {reason}") from None
+        if scaler.is_enabled() and "scaler" in content:
+            scaler.load_state_dict(content["scaler"])
+        sampler.seek(ours["epoch"], ours["batch"])
+        first_step, best, history = ours["step"], ours["best"], ours["history"]
+        run.losses = ours["losses"].tolist()
+        set_random_state(ours["random"][group.rank % len(ours["random"])], device)
+        if group.first:
+            print(f"resumed from {path} at step {first_step} of {steps}")
+    elif args.resume and group.first:
+        print(f"--resume {args.resume}: no checkpoint in {folder / 'checkpoints'} yet, a new run")
 
-    # ---- training
-    model.train()
-    losses: list[float] = []
-    generator = torch.Generator().manual_seed(args.seed)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    order: list[int] = []
-    progress = tqdm(range(steps), desc=f"{args.name}: {args.score_to_weight}", unit="step", mininterval=1.0)
-    for step in progress:
-        if len(order) < batch_size:
-            order = torch.randperm(len(used), generator=generator).tolist()
-        rows, order = [used[place] for place in order[:batch_size]], order[batch_size:]
+    # ---- batches, made in a thread of their own, one ahead of the step
+    def batch_of(rows: Tensor) -> Batch:
+        place = sampler.epoch, sampler.batch, sampler.epoch_ended
+        while True:
+            cells = pairs.take(rows.tolist())
+            left, left_mask = encoder.prepare(cells.left, left_kinds, distinct=not micro_batch)
+            right, right_mask = encoder.prepare(cells.right, right_kinds, distinct=not micro_batch)
+            whole = left_mask.any(dim=1) & right_mask.any(dim=1)
+            if whole.all():
+                return Batch(rows, left, left_mask, right, right_mask, *place)
+            if not whole.any():
+                raise DataError(f"{args.train_data}: expected a readable value in some row of a batch, got none")
+            # An image was lost, and a row has nothing left. Another row takes its place; ids hide the copies from each other.
+            rows = torch.where(whole, rows, rows[whole][0])
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, warmup, args.lr)
+    def batches() -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as thread:
+            draw = lambda: batch_of(next(sampler)[group.rank :: group.world])  # noqa: E731
+            coming = thread.submit(draw)
+            for step in range(first_step, steps):
+                batch = coming.result()
+                if step + 1 < steps:
+                    coming = thread.submit(draw)
+                yield batch
+
+    # ---- one step
+    def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        left, right = encoder.to_device(batch.left), encoder.to_device(batch.right)
         with autocast:
-            lhs, lhs_mask = encoder(rows_of(pairs.left, rows), left_kinds)
-            rhs, rhs_mask = encoder(rows_of(pairs.right, rows), right_kinds)
-            scale = model.logit_scale.exp()
-            inputs = lhs, rhs, scores[rows].to(device), scale
-            batch_ids = ids[rows].to(device)
+            lhs, rhs, scale = encode(left, right)
+            batch_ids = None if args.false_negatives == "keep" else ids[batch.rows].to(device)
+            inputs = lhs, rhs, scores[batch.rows].to(device), scale
             visible = {
                 "lhs_ids": batch_ids,
                 "rhs_ids": batch_ids,
-                "lhs_field_mask": lhs_mask,
-                "rhs_field_mask": rhs_mask,
+                "lhs_field_mask": batch.left_mask.to(device),
+                "rhs_field_mask": batch.right_mask.to(device),
             }
             loss = loss_of_sides(*inputs, **visible)
             if args.cross_field_loss:
                 loss = loss + loss_of_field_pairs(*inputs, **visible)
+        return loss, scale
+
+    def update(step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate(step, steps, warmup, args.lr, args.lr_scheduler)
+        loss, scale = loss_of(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        if args.grad_clip_norm:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, args.grad_clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
+        return loss.detach(), scale.detach()
 
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", scale=f"{scale.item():.1f}", refresh=False)
+    def evaluate_now(step: int) -> None:
+        embedded: dict[str, Corpus] = {}
+        for path in tqdm(
+            tests, desc=f"{args.name}: evaluation", unit="file", disable=None if tests else True, leave=False
+        ):
+            # Test sets often share a corpus; it is embedded once.
+            meta = metas.get(path, path)
+            if meta not in embedded:
+                embedded[meta] = embed_corpus(
+                    encoder, corpora[meta], (right_kinds, right_weights), batch_size=EMBED_ROWS
+                )
+            run.evaluations[path] = evaluate(
+                encoder,
+                tests[path],
+                embedded[meta],
+                (left_kinds, left_weights),
+                top_k=args.top_k,
+                batch_size=EMBED_ROWS,
+            )
+            history.append({"step": step, "test": path, **run.evaluations[path].means})
+            tracker.log(
+                step, {f"{Path(path).stem}/{name}": value for name, value in run.evaluations[path].means.items()}
+            )
 
-    # ---- checkpoint, in open_clip's form
-    folder = Path(args.logs) / args.name
-    epoch = max(1, steps // steps_per_epoch)
-    checkpoint = folder / "checkpoints" / f"epoch_{epoch}.pt"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {"epoch": epoch, "name": args.name, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()},
-        checkpoint,
-    )
+    def save(step: int, batch: Batch, path: Path) -> None:
+        states = group.gather(random_state(device))
+        if not group.first:
+            return
+        content = {"epoch": batch.epoch + batch.ends_epoch, "name": args.name, "state_dict": model.state_dict(),
+                   "optimizer": optimizer.state_dict()}  # fmt: skip
+        if scaler.is_enabled():
+            content["scaler"] = scaler.state_dict()
+        content[checkpoints.OURS] = {
+            "step": step, "epoch": batch.epoch, "batch": batch.number, "random": states, "best": best, "history": history,
+            "losses": torch.tensor(run.losses, dtype=torch.float64), "options": vars(args), "rows": len(pairs),
+        }  # fmt: skip
+        checkpoints.save(path, content)
+        checkpoints.keep_last(path.parent, args.keep_last)
 
-    # ---- evaluation
-    left, right = (left_kinds, left_weights), (right_kinds, right_weights)
-    evaluations, random = {}, {}
-    embedded: dict[str, Corpus] = {}
-    metas = dict(zip(args.val_data, args.doc_meta, strict=False))
-    for path in tqdm(args.val_data, desc=f"{args.name}: evaluation", unit="file", disable=not args.val_data):
-        # Test sets often share a corpus; it is embedded once.
-        source = metas.get(path, path)
-        if source not in embedded:
-            documents = corpora[path] if path in corpora else corpus_of(tests[path])
-            embedded[source] = embed_corpus(encoder, documents, right, batch_size=args.batch_size)
-        evaluations[path] = evaluate(
-            encoder, tests[path], embedded[source], left, top_k=args.top_k, batch_size=args.batch_size
-        )
-        random[path] = random_ranking(tests[path], evaluations[path].document_ids, top_k=args.top_k)
-    run = Run(evaluations, random, losses, time.perf_counter() - started, peak_memory(device), checkpoint)
-    (folder / "results.json").write_text(
-        json.dumps(
-            {
-                "options": {key: value for key, value in vars(args).items() if value != -math.inf},
-                "loss": losses,
-                "seconds": run.seconds,
-                "peak_bytes": run.peak_bytes,
-                "metrics": {path: evaluation.means for path, evaluation in evaluations.items()},
-                "random": {path: evaluation.means for path, evaluation in random.items()},
-                "per_query": {path: evaluation.rows() for path, evaluation in evaluations.items()},
-            },
-            indent=1,
-        )
-    )
+    if args.dry_run:
+        return dry_run(args, group, batches(), update, model, steps, batch_size, len(used), started)
+
+    # ---- training
+    tracker = Tracker(args.report_to if group.first else "", folder, vars(args), first_step)
+    model.train()
+    pending: list[Tensor] = []
+    progress = tqdm(
+        batches(), desc=f"{args.name}: {args.score_to_weight}", unit="step", mininterval=1.0, initial=first_step,
+        total=steps, disable=None if group.first else True,
+    )  # fmt: skip
+    for step, batch in enumerate(progress, first_step + 1):
+        loss, scale = update(step - 1, batch)
+        pending.append(loss)
+
+        last, epochs_done = step == steps, batch.epoch + batch.ends_epoch
+        save_now = last or due(step, args.save_steps) or (batch.ends_epoch and due(epochs_done, args.save_frequency))
+        test_now = last or due(step, args.val_steps) or (batch.ends_epoch and due(epochs_done, args.val_frequency))
+        if save_now or test_now or step % args.log_every_n_steps == 0:
+            # Reading the losses waits for the device, so it is done for many steps at a time.
+            new = torch.stack(pending).double()
+            pending = []
+            if group.group is not None:
+                torch.distributed.all_reduce(new)
+                new /= group.world
+            if not new.isfinite().all():
+                bad = len(run.losses) + int((~new.isfinite()).nonzero()[0]) + 1
+                raise InputError(f"step {bad}: expected a finite loss, got {new[bad - len(run.losses) - 1].item()}; a smaller "
+                                 f"--lr or --grad-clip-norm may help, and --resume goes on from the last checkpoint")  # fmt: skip
+            run.losses += new.tolist()
+            progress.set_postfix(loss=f"{run.losses[-1]:.3f}", scale=f"{scale.item():.1f}", refresh=False)
+            lr = optimizer.param_groups[0]["lr"]
+            tracker.log(step, {"loss": run.losses[-1], "logit_scale": scale.item(), "lr": lr})
+        is_best = False
+        if test_now and group.first:
+            evaluate_now(step)
+            if args.best_metric and run.evaluations:
+                value = sum(evaluation.means[args.best_metric] for evaluation in run.evaluations.values()) / len(tests)
+                is_best, best = value > best, max(best, value)
+        # An evaluation that found the best model so far saves it; all ranks have to agree, as they save together.
+        is_best = any(group.gather(is_best)) if args.best_metric and test_now else False
+        if save_now or is_best:
+            named = f"epoch_{max(epochs_done, 1)}.pt" if batch.ends_epoch or last else f"step_{step}.pt"
+            path = run.checkpoint = folder / "checkpoints" / named
+            save(step, batch, path)
+            if is_best and group.first:
+                checkpoints.also(path, checkpoints.BEST)
+    if first_step >= steps:
+        run.checkpoint = found[0] if found else None
+        if group.first:
+            evaluate_now(first_step)
+
+    # ---- results
+    tracker.close()
+    run.seconds, run.peak_bytes = time.perf_counter() - started, peak_memory(device)
+    if not group.first:
+        return run
+    if encoder.lost:
+        print(f"{len(encoder.lost)} images could not be read and were missing values")
+    for path, evaluation in run.evaluations.items():
+        run.random[path] = random_ranking(tests[path], evaluation.document_ids, top_k=args.top_k)
+    results = {
+        "options": {key: value for key, value in vars(args).items() if value != -math.inf},
+        "loss": run.losses,
+        "seconds": run.seconds,
+        "peak_bytes": run.peak_bytes,
+        "lost_images": encoder.lost,
+        "history": history,
+        "metrics": {path: evaluation.means for path, evaluation in run.evaluations.items()},
+        "random": {path: evaluation.means for path, evaluation in run.random.items()},
+        "per_query": {path: evaluation.rows() for path, evaluation in run.evaluations.items()},
+    }
+    checkpoints.write_atomically(folder / "results.json", lambda new: new.write_text(json.dumps(results, indent=1)))
     return run
 
 
-def rows_of(side: dict[str, list[str]], rows: list[int]) -> dict[str, list[str]]:
-    """Those rows of every field."""
-    return {key: [cells[row] for row in rows] for key, cells in side.items()}
+EMBED_ROWS = 512
+"""Rows embedded at a time in evaluation."""
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up to ``peak``, then half a cosine down to 0; open_clip's schedule."""
+def due(count: int, every: int) -> bool:
+    """Whether it is time for what happens every so often, 0 being never."""
+    return every > 0 and count % every == 0
+
+
+def freeze_what_no_field_uses(model: Any, kinds: set[str]) -> None:
+    """A tower without a field, or a bias of another loss, gets no gradient; processes would wait for it."""
+    for name, weight in model.named_parameters():
+        tower = "img" if name.startswith("visual.") else "txt"
+        if name == "logit_bias" or (name != "logit_scale" and tower not in kinds):
+            weight.requires_grad_(False)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """What dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def warn_of_changes(
+    path: Path, ours: dict[str, Any], args: argparse.Namespace, rows: int, group: processes.Processes
+) -> None:
+    """Say what makes the rest of a resumed run another one than was begun."""
+    now = vars(args)
+    changed = [
+        f"--{key.replace('_', '-')} {value} -> {now[key]}"
+        for key, value in ours["options"].items()
+        if key not in PLACES and key in now and now[key] != value
+    ]
+    if ours["rows"] != rows:
+        changed.append(f"rows of --train-data {ours['rows']} -> {rows}")
+    if len(ours["random"]) != group.world:
+        changed.append(f"processes {len(ours['random'])} -> {group.world}")
+    if changed and group.first:
+        print(f"{path}: the run goes on, but differs from the one that was begun: {', '.join(changed)}")
+
+
+def dry_run(
+    args: argparse.Namespace, group: processes.Processes, batches: Iterator[Batch], update: Any, model: Any, steps: int,
+    batch_size: int, rows: int, started: float,
+) -> Run:  # fmt: skip
+    """Two steps, the second timed, and the plan."""
+    run = Run()
+    reading, seconds = time.perf_counter() - started, 0.0
+    model.train()
+    for step, batch in enumerate(batches):
+        before = time.perf_counter()
+        run.losses.append(update(step, batch)[0].item())
+        seconds = time.perf_counter() - before
+        if step == 1:
+            break
+    run.seconds, run.peak_bytes = time.perf_counter() - started, peak_memory(group.device)
+    if group.first:
+        weights = sum(weight.numel() for weight in model.parameters())
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        print(
+            f"plan: {steps} steps of {batch_size} rows on {group.world} process(es), {rows} rows an epoch\n"
+            f"model: {args.model}, {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained; a checkpoint is about "
+            f"{(weights + 2 * trained) * 4 / 2**20:.0f} MiB\n"
+            f"memory: {run.peak_bytes / 2**20:.0f} MiB at the peak of a step on {group.device}\n"
+            f"time: {reading:.0f} s of reading and building, {seconds:.2f} s a step, about {steps * seconds / 60:.0f} min of "
+            f"training; evaluation comes on top\n"
+            f"loss of the first step: {run.losses[0]:.3f}"
+        )
+    return run
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, scheduler: str = "cosine") -> float:
+    """Linear warm-up to ``peak``, then half a cosine down to 0, or ``peak`` throughout (``"const"``); open_clip's schedules."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if scheduler == "const":
+        return peak
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 

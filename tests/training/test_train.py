@@ -14,7 +14,8 @@ from PIL import Image
 
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
-from gcl_kernels.training.train import learning_rate, parse_args, parse_kinds, parse_list, parse_weights, train
+from gcl_kernels.training.options import parse_args, parse_kinds, parse_list, parse_weights
+from gcl_kernels.training.train import learning_rate, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
@@ -45,6 +46,7 @@ def run(path, *options, keys=KEYS, name="run"):
         f"--logs={path.parent / 'logs'}",
         f"--name={name}",
         "--batch-size=16",
+        "--save-frequency=0",
         *options,
     ]
     return train(parse_args(argv))
@@ -62,7 +64,7 @@ def test_from_a_file_to_a_checkpoint_and_a_table(pairs_file, capsys):
 
     checkpoint = logs / "first" / "checkpoints" / "epoch_2.pt"
     content = torch.load(checkpoint, weights_only=True)
-    assert set(content) == {"epoch", "name", "state_dict", "optimizer"}
+    assert set(content) == {"epoch", "name", "state_dict", "optimizer", "gcl_kernels"}
     assert (content["epoch"], content["name"]) == (2, "first")
     model = import_open_clip().create_model(TINY_MODEL, pretrained=str(checkpoint))
     for name, weight in model.state_dict().items():
@@ -149,13 +151,13 @@ def test_every_row_is_seen_once_an_epoch(pairs_file, monkeypatch):
 
     class Spy(gcl_kernels.GCLLoss):
         def forward(self, lhs, rhs, scores, logit_scale, **options):
-            seen.append(options["rhs_ids"][:, 1].tolist())
+            seen.append(options["rhs_ids"].tolist())
             return super().forward(lhs, rhs, scores, logit_scale, **options)
 
     monkeypatch.setattr(gcl_kernels, "GCLLoss", Spy)
     run(pairs_file, "--epochs=2", "--batch-size=6")
     epochs = [[row for batch in seen[start : start + 3] for row in batch] for start in (0, 3)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 2
+    assert [len({tuple(row) for row in epoch}) for epoch in epochs] == [18, 18]
     assert epochs[0] != epochs[1]
 
 
@@ -187,7 +189,7 @@ def test_a_bad_file_is_one_line_and_status_2_without_a_traceback(pairs_file):
         (["--model=ViT-X"], "expected a model name of open_clip, got 'ViT-X'"),
         (["--val-data=none.csv"], "none.csv: expected a readable file, got 'No such file or directory'"),
         (["--val-data={path}", "--doc-meta={meta}"],
-         "{path}: expected all documents in the corpus of --doc-meta, got 18 that are not, first 'a red square_{{!@#~}}_"),
+         "{path}: expected all documents in the corpus, got 18 of 18 that are not, first 'a red square_{{!@#~}}_"),
         (["--score-to-weight=cubic"], "--score-to-weight: "),
     ],
 )  # fmt: skip

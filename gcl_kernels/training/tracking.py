@@ -1,0 +1,45 @@
+"""Curves of a run for TensorBoard and Weights & Biases, where they are installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gcl_kernels.training.data import InputError
+
+
+class Tracker:
+    """Sends numbers to each of ``names``, a comma between them: tensorboard, wandb; "" is none.
+
+    A run that goes on from ``step`` replaces what was logged after it.
+    """
+
+    def __init__(self, names: str, folder: Path, options: dict[str, Any], step: int = 0) -> None:
+        self._writer = self._wandb = None
+        chosen = set(filter(None, names.split(",")))
+        try:
+            if "tensorboard" in chosen:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            if "wandb" in chosen:
+                import wandb  # pyright: ignore[reportMissingImports]
+
+                self._wandb = wandb.init(project="gcl_kernels", name=folder.name, config=options, resume="allow")
+        except ImportError as error:
+            raise InputError(
+                f"--report-to: expected the package {error.name}, got none: pip install {error.name}"
+            ) from None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
