@@ -53,7 +53,8 @@ class Sampler:
 
     def _batches(self, epoch: int) -> list[Tensor]:
         """The places in ``rows`` of every batch of an epoch."""
-        generator = torch.Generator().manual_seed((self._seed << 32) + epoch)
+        # The generator of a CPU looks at the low 32 bits alone.
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**32)
         order = torch.randperm(len(self._rows), generator=generator)
         if self._ids is None:
             whole = len(order) // self._batch_size * self._batch_size
