@@ -72,22 +72,25 @@ class Columns:
     Args:
         left, right: the columns of the query and of the document, each ``"txt"`` or ``"img"``. An image cell is a path,
             relative to the file's own folder.
-        weight_key: the column of the score, a finite number >= 0.
+        weight_key: the column of the score, a finite number >= 0; None: every score is 1.
         query_id_key, document_id_key: columns that identify query and document. Without them the id is made of the
             side's own cells, each followed by ``KEY_END``.
     """
 
     left: Mapping[str, str]
     right: Mapping[str, str]
-    weight_key: str
+    weight_key: str | None
     query_id_key: str | None = None
     document_id_key: str | None = None
 
     @property
     def names(self) -> list[str]:
         """Every column that is read, each once."""
-        ids = [key for key in (self.query_id_key, self.document_id_key) if key]
-        return list(dict.fromkeys([*self.left, *self.right, self.weight_key, *ids]))
+        others = [key for key in (self.weight_key, self.query_id_key, self.document_id_key) if key]
+        return list(dict.fromkeys([*self.left, *self.right, *others]))
+
+    def score(self, row: Mapping[str, str]) -> float:
+        return 1.0 if self.weight_key is None else float(row[self.weight_key])
 
     def query_id(self, row: Mapping[str, str]) -> str:
         return row[self.query_id_key] if self.query_id_key else "".join(row[key] + KEY_END for key in self.left)
@@ -165,7 +168,7 @@ class PairFile:
                 continue
             self._offsets.append(offset)
             self._lengths.append(length)
-            scores.append(float(row[columns.weight_key]))
+            scores.append(columns.score(row))
             queries.append(_number(columns.query_id(row)))
             documents.append(_number(columns.document_id(row)))
 
@@ -199,7 +202,7 @@ class PairFile:
             for kinds, cells in ((columns.left, pairs.left), (columns.right, pairs.right)):
                 for key, kind in kinds.items():
                     cells[key].append(str(self._folder / row[key]) if kind == "img" and row[key] else row[key])
-            pairs.scores.append(float(row[columns.weight_key]))
+            pairs.scores.append(columns.score(row))
             pairs.query_ids.append(columns.query_id(row))
             pairs.document_ids.append(columns.document_id(row))
         return pairs
@@ -212,7 +215,7 @@ def read_pairs(
     path: str | Path,
     left: Mapping[str, str],
     right: Mapping[str, str],
-    weight_key: str,
+    weight_key: str | None,
     *,
     query_id_key: str | None = None,
     document_id_key: str | None = None,
@@ -359,12 +362,12 @@ def _row_faults(row: Mapping[str, str], columns: Columns, folder: Path, images: 
         return ["expected UTF-8 text, got other bytes"]
     faults = []
     try:
-        score = float(row[columns.weight_key])
+        score = columns.score(row)
     except ValueError:
         score = math.nan
     if not (math.isfinite(score) and score >= 0):
         faults.append(
-            f"expected a finite number >= 0 in column '{columns.weight_key}', got '{row[columns.weight_key]}'"
+            f"expected a finite number >= 0 in column '{columns.weight_key}', got '{row.get(str(columns.weight_key))}'"
         )
     for fields in (columns.left, columns.right):
         if not any(row[key] for key in fields):

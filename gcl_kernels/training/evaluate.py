@@ -1,4 +1,8 @@
-"""Evaluation after the GCL protocol: embed queries and documents, search exactly, grade the ranking."""
+"""Evaluation after the GCL protocol: embed queries and documents, search exactly, grade the ranking.
+
+The command line, with the flags and files of the GCL authors' evaluator, is :mod:`gcl_kernels.training.evaluate_files`;
+``python -m gcl_kernels.training.evaluate`` runs it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class Evaluation:
     """The ranking of every query and how good it is.
 
     ``ranking`` (Q, K) holds positions in ``document_ids``, best first; ``gains`` (Q, K) the grades of those documents,
-    0 where not judged; ``per_query`` the metrics, (Q,) each; ``means`` their means.
+    0 where not judged; ``scores`` (Q, K) the similarities; ``per_query`` the metrics, (Q,) each; ``means`` their means.
     """
 
     query_ids: list[str]
@@ -29,6 +33,7 @@ class Evaluation:
     judged: Tensor
     per_query: dict[str, Tensor]
     means: dict[str, float]
+    scores: Tensor | None = None
 
     def rows(self) -> dict[str, dict[str, float]]:
         """The metrics of each query, ``{query id: {metric: value}}``."""
@@ -86,15 +91,15 @@ def embed(
 
 def search(
     queries: Tensor, documents: Tensor, k: int, *, query_chunk: int = 256, document_chunk: int = 16_384
-) -> Tensor:
-    """Exact search by inner product: the positions of the k best documents of each query, best first, (Q, min(k, M)).
+) -> tuple[Tensor, Tensor]:
+    """Exact search by inner product: positions and scores of the k best documents of each query, (Q, min(k, M)) each.
 
-    queries (Q, D) and documents (M, D) are finite; equal scores are ordered by position. At most ``query_chunk`` x
+    Best first; equal scores are ordered by position. queries (Q, D) and documents (M, D) are finite. At most ``query_chunk`` x
     (k + ``document_chunk``) scores exist at a time, never Q x M.
     """
     if not (queries.isfinite().all() and documents.isfinite().all()):
         raise ValueError("expected finite embeddings, got NaN or infinity: training has probably diverged")
-    found = []
+    found, found_scores = [], []
     for part in queries.split(query_chunk):
         scores = part.new_empty(len(part), 0)
         positions = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
@@ -107,7 +112,8 @@ def search(
             best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
             scores, positions = scores.gather(1, best), positions.gather(1, best)
         found.append(positions)
-    return torch.cat(found)
+        found_scores.append(scores)
+    return torch.cat(found), torch.cat(found_scores)
 
 
 Side = tuple[Mapping[str, str], Mapping[str, float]]
@@ -151,8 +157,8 @@ def evaluate(
     query_rows = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
     query_ids = sorted(query_rows, key=query_rows.__getitem__)
     queries = {key: [cells[query_rows[identity]] for identity in query_ids] for key, cells in pairs.left.items()}
-    found = search(embed(encoder, queries, *left, batch_size=batch_size), corpus.embeddings, top_k)
-    return grade(pairs, query_ids, corpus.document_ids, found.cpu())
+    found, scores = search(embed(encoder, queries, *left, batch_size=batch_size), corpus.embeddings, top_k)
+    return grade(grades_of(pairs, query_ids), corpus.document_ids, found.cpu(), scores.cpu())
 
 
 def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> None:
@@ -181,24 +187,34 @@ def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:
     return corpus
 
 
-def grade(pairs: Pairs, query_ids: list[str], document_ids: list[str], ranking: Tensor) -> Evaluation:
-    """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in :class:`Evaluation`."""
+Grades = Mapping[str, Mapping[str, int]]
+"""``{query id: {document id: grade}}``, the ground truth."""
+
+
+def grades_of(pairs: Pairs, query_ids: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The ground truth of pairs for some of their queries: :func:`minmax_grades` over the whole file."""
     grades: dict[str, dict[str, int]] = {identity: {} for identity in query_ids}
     for query, document, gain in zip(pairs.query_ids, pairs.document_ids, minmax_grades(pairs.scores), strict=True):
-        grades[query][document] = gain
+        if query in grades:
+            grades[query][document] = gain
+    return grades
+
+
+def grade(grades: Grades, document_ids: list[str], ranking: Tensor, scores: Tensor | None = None) -> Evaluation:
+    """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in :class:`Evaluation`."""
     gains = torch.tensor(
         [
-            [grades[query].get(document_ids[position], 0) for position in positions]
-            for query, positions in zip(query_ids, ranking.tolist(), strict=True)
+            [of_query.get(document_ids[position], 0) for position in positions]
+            for of_query, positions in zip(grades.values(), ranking.tolist(), strict=True)
         ],
         dtype=torch.float64,
     )
-    judged = torch.zeros(len(query_ids), max(len(of_query) for of_query in grades.values()), dtype=torch.float64)
-    for row, query in enumerate(query_ids):
-        judged[row, : len(grades[query])] = torch.tensor(list(grades[query].values()), dtype=torch.float64)
+    judged = torch.zeros(len(grades), max(1, *(len(of_query) for of_query in grades.values())), dtype=torch.float64)
+    for row, of_query in enumerate(grades.values()):
+        judged[row, : len(of_query)] = torch.tensor(list(of_query.values()), dtype=torch.float64)
     per_query = all_metrics(gains, judged)
     means = {name: float(values.mean()) for name, values in per_query.items()}
-    return Evaluation(query_ids, document_ids, ranking, gains, judged, per_query, means)
+    return Evaluation(list(grades), document_ids, ranking, gains, judged, per_query, means, scores)
 
 
 def random_ranking(pairs: Pairs, document_ids: list[str], *, top_k: int = 1000, seed: int = 0) -> Evaluation:
@@ -206,4 +222,12 @@ def random_ranking(pairs: Pairs, document_ids: list[str], *, top_k: int = 1000, 
     generator = torch.Generator().manual_seed(seed)
     query_ids = list(dict.fromkeys(pairs.query_ids))
     order = [torch.randperm(len(document_ids), generator=generator)[:top_k] for _ in query_ids]
-    return grade(pairs, query_ids, document_ids, torch.stack(order))
+    return grade(grades_of(pairs, query_ids), document_ids, torch.stack(order))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from gcl_kernels.training.evaluate_files import main
+
+    sys.exit(main())

@@ -54,9 +54,12 @@ def rbp(gains: Tensor, judged: Tensor, p: float = 0.9) -> Tensor:
     return (1 - p) * (share * p ** (_ranks(gains) - 1)).sum(dim=1)
 
 
-def average_precision(gains: Tensor, judged: Tensor) -> Tensor:
-    """Mean of the precision at each relevant rank, over the number of relevant documents; relevant is a gain > 0."""
-    hits = (gains > 0).double()
+def average_precision(gains: Tensor, judged: Tensor, k: int | None = None) -> Tensor:
+    """Mean of the precision at each relevant rank, over the number of relevant documents; relevant is a gain > 0.
+
+    ``k``: only the first k ranks, trec_eval's ``map_cut``.
+    """
+    hits = (gains[:, :k] > 0).double()
     precision = hits.cumsum(dim=1) / _ranks(hits)
     return (precision * hits).sum(dim=1) / _relevant(judged)
 
@@ -66,6 +69,11 @@ def reciprocal_rank(gains: Tensor, judged: Tensor) -> Tensor:
     hits = (gains > 0).double()
     first = hits * (hits.cumsum(dim=1) == 1)
     return (first / _ranks(hits)).sum(dim=1)
+
+
+def precision(gains: Tensor, judged: Tensor, k: int = 10) -> Tensor:
+    """Share of the first k ranks that hold a gain > 0, of k even where fewer are ranked. ``judged`` is not needed."""
+    return (gains[:, :k] > 0).double().sum(dim=1) / k
 
 
 def recall(gains: Tensor, judged: Tensor, k: int = 10) -> Tensor:

@@ -24,7 +24,8 @@ def test_search_is_a_stable_sort_whatever_the_chunks(queries, documents, k, quer
     y = torch.randint(-2, 3, (documents, 3), generator=generator).float()
     expected = [sorted(range(documents), key=lambda j: (-float(x[i] @ y[j]), j))[:k] for i in range(queries)]
     found = search(x, y, k, query_chunk=query_chunk, document_chunk=document_chunk)
-    assert found.tolist() == expected
+    assert found[0].tolist() == expected
+    assert found[1].tolist() == [[float(x[i] @ y[j]) for j in row] for i, row in enumerate(expected)]
 
 
 @pytest.mark.parametrize("side", [0, 1])
