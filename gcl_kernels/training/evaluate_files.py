@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gcl_kernels.training.checkpoint import write_atomically
@@ -338,10 +339,8 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
         line = f"{name:<10} {evaluation.means[name]:7.4f}  [{low:.4f}, {high:.4f}]"
         shared = [row for row, query in enumerate(evaluation.query_ids) if query in other and name in other[query]]
         if shared:
-            ours, theirs = (
-                values[shared].numpy(),
-                torch.tensor([other[evaluation.query_ids[row]][name] for row in shared]).numpy(),
-            )
+            ours = values[shared].numpy()
+            theirs = np.array([other[evaluation.query_ids[row]][name] for row in shared])
             comparison[name] = {
                 "queries": len(shared), "ours": float(ours.mean()), "theirs": float(theirs.mean()),
                 "interval": bootstrap_interval(ours - theirs), "p": paired_test(ours, theirs),
