@@ -207,7 +207,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="read the data, build the model, run one step, print the plan and stop")  # fmt: skip
 
     runs = parser.add_argument_group("logs, checkpoints and evaluation on the way")
-    runs.add_argument("--logs", default="logs", metavar="DIR")
+    # torchrun takes --logs for an ambiguous start of options of its own, wherever it stands.
+    runs.add_argument("--logs", "--logs-dir", default="logs", metavar="DIR", help="under torchrun: --logs-dir")
     runs.add_argument("--name", help="results go to LOGS/NAME; default: the date and time")
     runs.add_argument("--save-frequency", type=whole, default=1, metavar="N",
                       help="save after every N epochs; 0: only at the end")  # fmt: skip
