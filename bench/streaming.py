@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gcl_kernels.training.data import Columns, PairFile
+from gcl_kernels.training.memory import peak_memory
 from gcl_kernels.training.sampler import Sampler
-from gcl_kernels.training.train import peak_memory
 
 WORDS = (
     "red",

@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from gcl_kernels.training.evaluate import (
     minmax_grades,
     search,
 )
+from gcl_kernels.training.memory import peak_memory
 from gcl_kernels.training.metrics import average_precision, ndcg, precision, recall, reciprocal_rank
 from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.options import parse_kinds, parse_list, parse_weights, positive
@@ -109,6 +111,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; input that cannot be used gives its message and status 2."""
     args = parse_args(argv)
+    started = time.perf_counter()
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         evaluation = from_files(args) if args.metric_only else from_model(args)
@@ -116,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    print(
+        f"{time.perf_counter() - started:.0f} s, peak resident memory {peak_memory(torch.device('cpu')) / 2**20:.0f} MiB"
+    )
     return 0
 
 

@@ -10,10 +10,8 @@ The options are those of :mod:`gcl_kernels.training.options`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +40,7 @@ from gcl_kernels.training.evaluate import (
     minmax,
     random_ranking,
 )
+from gcl_kernels.training.memory import peak_memory, reset_peak_memory
 from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.tracking import Tracker
@@ -504,31 +503,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, scheduler: st
     if scheduler == "const":
         return peak
     return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak for :func:`peak_memory`, where the system can (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        # Where it cannot be reset, the peak is that of the whole process.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: allocated on a CUDA device, resident in memory otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    # macOS counts bytes where others count KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def metrics_table(rows: Sequence[tuple[str, str, Evaluation]]) -> str:
