@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from gcl_kernels.training import emoji
 from gcl_kernels.training.data import load_image, read_documents, read_pairs
-from gcl_kernels.training.train import parse_args, train
+from gcl_kernels.training.evaluate_files import main as evaluate
+from gcl_kernels.training.openclip import TINY_MODEL
+from gcl_kernels.training.options import parse_args
+from gcl_kernels.training.train import train
 
 DATA = Path(os.environ.get("GCL_KERNELS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CHORUS = DATA / "chorus-icecat" / "gcl"
@@ -49,3 +54,25 @@ def test_emoji_images_are_on_white():
     assert len(paths) > 30
     corners = [load_image(path).getpixel((0, 0)) for path in paths]
     assert corners.count((255, 255, 255)) > len(paths) / 2
+
+
+@pytest.mark.skipif(not CHORUS.is_dir(), reason=f"the Chorus ratings are not in {CHORUS}")
+def test_chorus_ratings_are_evaluated_by_the_command_line(tmp_path):
+    argv = [f"--test_csv={CHORUS / 'query_1_product_id_1.csv'}", f"--doc-meta={CHORUS / 'corpus_2.json'}",
+            f"--model_name={TINY_MODEL}", "--weight_key=rating", "--left-keys=query", "--right-keys=title", "--right-weights=1", "--img-or-txt=txt;txt",
+            f"--output-dir={tmp_path}"]  # fmt: skip
+    assert evaluate(argv) == 0
+    assert json.loads((tmp_path / "output.json").read_text())["queries"] == 27
+
+
+@pytest.mark.skipif(not EMOJI.is_dir(), reason=f"the emoji images are not in {EMOJI}")
+def test_the_emoji_set_is_the_same_for_the_same_seed(tmp_path):
+    sources = EMOJI, EMOJI.parent / "emoji-en-US.json", EMOJI.parent / "data-by-emoji.json"
+    first, second = (emoji.write(*sources, tmp_path / name) for name in ("a", "b"))
+    fields = {"title": "txt", "image": "img"}
+    for split, (pairs, corpus) in first.items():
+        assert pairs.read_bytes() == second[split][0].read_bytes()
+        read = read_pairs(pairs, {"query": "txt"}, fields, "score", document_id_key="document", check_images="exists")
+        assert set(read.document_ids) <= read_documents(corpus, fields, check_images="exists").keys()
+        assert max(read.scores) == 100
+        assert len(read) > 400

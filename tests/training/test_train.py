@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from gcl_kernels.training.__main__ import main
+from gcl_kernels.training.data import InputError
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
 from gcl_kernels.training.options import parse_args, parse_kinds, parse_list, parse_weights
 from gcl_kernels.training.train import learning_rate, train
@@ -259,3 +260,108 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert rates[60] == pytest.approx(1.0)
     assert rates[-1] < 0.001
     assert learning_rate(0, 1, 0, 2.0) == 2.0
+
+
+def test_an_image_lost_on_the_way_is_a_missing_value_and_the_run_goes_on(pairs_file, capsys):
+    for line in range(2):
+        pairs_file.write_text(pairs_file.read_text() + f"\nlost {line},,lost.png,{line}")
+    (pairs_file.parent / "lost.png").write_bytes(b"no image")
+    result = run(pairs_file, "--steps=3", "--batch-size=20", "--check-images=none")
+    assert all(math.isfinite(loss) for loss in result.losses)
+    out = capsys.readouterr()
+    assert "a file that cannot be decoded" in out.out + out.err
+    assert "1 images could not be read and were missing values" in out.out
+    lost = json.loads((pairs_file.parent / "logs" / "run" / "results.json").read_text())["lost_images"]
+    assert list(lost) == [str(pairs_file.parent / "lost.png")]
+
+
+def test_false_negatives_are_masked_avoided_or_kept(tmp_path):
+    path, keys = tmp_path / "pairs.csv", ["--left-keys=query", "--right-keys=title", "--weight-key=score"]
+    path.write_text("\n".join(["query,title,score", *(f"q{n % 2},t{n},1" for n in range(12))]))
+    mask, avoid, keep = (
+        run(path, "--steps=2", f"--false-negatives={how}", keys=keys).losses[0] for how in ("mask", "avoid", "keep")
+    )
+    # A mask leaves 7 of 12 documents for a query, an avoiding batch 2 of 2; softmax of near-equal logits is their log.
+    assert avoid < mask < keep
+    assert avoid < 1.5
+
+
+def test_an_empty_test_set_is_passed_over_and_unknown_documents_are_counted(pairs_file, capsys):
+    empty = pairs_file.with_name("empty.csv")
+    empty.write_text("query,title,image,score\n")
+    corpus = pairs_file.with_name("corpus.json")
+    documents = {f"a {colour} square_{{!@#~}}_{colour}.png_{{!@#~}}_": {"title": colour} for colour in COLOURS}
+    corpus.write_text(json.dumps(documents))
+    result = run(pairs_file, f"--val-data={empty}", "--steps=1", "--val-data", str(empty), str(pairs_file),
+                 "--doc-meta", str(corpus), str(corpus))  # fmt: skip
+    assert list(result.evaluations) == [str(pairs_file)]
+    out = capsys.readouterr().out
+    assert f"{empty}, line 2: expected at least one row after the header, got none; passed over" in out
+    assert "got 12 of 18 that are not, first" in out
+
+
+def test_a_loss_that_is_not_finite_is_one_line(pairs_file):
+    with pytest.raises(InputError, match=r"step [2-9]: expected a finite loss, got nan; a smaller --lr"):
+        run(pairs_file, "--steps=9", "--lr=1e30", "--wd=0")
+
+
+def test_a_locked_tower_and_one_without_a_field_do_not_train(pairs_file):
+    before = run(pairs_file, "--steps=1", "--lr=1e-30", "--wd=0", "--save-frequency=1").checkpoint
+    after = run(pairs_file, "--steps=1", "--lock-image", "--lr=1e-2", name="locked").checkpoint
+    text = run(pairs_file, "--steps=1", "--lr=1e-2", "--skip-bad-rows", name="text",
+               keys=["--left-keys=query", "--right-keys=title", "--weight-key=score"]).checkpoint  # fmt: skip
+    first, locked, text_only = (torch.load(path, weights_only=True)["state_dict"] for path in (before, after, text))
+    for name, weight in first.items():
+        for trained in (locked, text_only):
+            assert ((weight - trained[name]).abs().max() < 1e-20) == name.startswith("visual."), name
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp"])
+def test_mixed_precision_trains_nearly_the_same_and_its_scaler_is_saved(pairs_file, precision):
+    exact = run(pairs_file, "--steps=1", "--grad-clip-norm=1").losses
+    # The scaler of float16 begins so high that it may leave out the first steps.
+    mixed = run(pairs_file, "--steps=6", "--grad-clip-norm=1", "--lr=2e-3", f"--precision={precision}", name=precision)
+    assert mixed.losses[0] == pytest.approx(exact[0], rel=0.02)
+    assert mixed.losses[0] != exact[0]
+    assert mixed.losses[-1] < 0.8 * mixed.losses[0]
+    assert ("scaler" in torch.load(mixed.checkpoint, weights_only=True)) == (precision == "amp")
+
+
+def test_options_from_a_file_are_checked_like_the_command_line_which_goes_before_them(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "train_data: pairs.csv\nleft-keys: [query]\nright-keys: [title, image]\nright-weights: [0.1, 0.9]\nweight_key: score\n"
+        "val-data: [a.csv, b.csv]\nlr: 0.003\ncross-field-loss: true\nskip-bad-rows: false\nseed: 3\n"
+    )
+    args = parse_args([f"--config={config}", "--seed=4"])
+    assert (args.train_data, args.left_keys, args.right_weights) == ("pairs.csv", ["query"], [0.1, 0.9])
+    assert (args.val_data, args.lr, args.cross_field_loss, args.skip_bad_rows) == (
+        ["a.csv", "b.csv"],
+        0.003,
+        True,
+        False,
+    )
+    assert args.seed == 4
+    for content, fault in (
+        ("learning-rate: 1", "expected options of this command in"),
+        ("lr: fast", "--lr: invalid float value: 'fast'"),
+        ("cross-field-loss: 1", "expected true or false for 'cross-field-loss'"),
+        ("- lr", "expected a mapping {option: value}"),
+        ("a: [", "expected YAML in"),
+        (None, "expected a readable file"),
+    ):
+        config.unlink(missing_ok=True)
+        if content:
+            config.write_text(content)
+        with pytest.raises(SystemExit):
+            parse_args([*REQUIRED, f"--config={config}"])
+        assert fault in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(pairs_file, capsys):
+    run(pairs_file, "--dry-run", "--epochs=3", "--batch-size=6")
+    out = capsys.readouterr().out
+    assert "plan: 9 steps of 6 rows on 1 process(es), 18 rows an epoch" in out
+    assert "7.6 M parameters" in out
+    assert "min of training" in out
+    assert not (pairs_file.parent / "logs").exists()
