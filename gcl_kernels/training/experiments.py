@@ -175,6 +175,7 @@ def write_report(args: argparse.Namespace, files: Mapping[str, Files]) -> None:
         "  its 95% bootstrap interval over queries, and *relative* the same over the mean of `constant`.",
         "- *p* is Fisher's paired randomisation test over queries, two-sided, not corrected for the number of rows.",
     ]
+    lines += ["", *summary_table(args, files)]
     for name, source in args.data:
         lines += ["", f"## {name}: relevance {DATA[name].relevance}"]
         for split, (pairs, _) in files[name].items():
@@ -183,6 +184,34 @@ def write_report(args: argparse.Namespace, files: Mapping[str, Files]) -> None:
                 lines += ["", f"### {name}, {split} ({SPLITS[split]})", "", *table]
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def summary_table(args: argparse.Namespace, files: Mapping[str, Files]) -> list[str]:
+    """One row a test set: the relative difference of every function, in bold where p < 0.05."""
+    functions = [function for function in args.functions if function != BASELINE]
+    rows = [
+        f"{METRICS[0]} relative to `{BASELINE}`, in bold where p < 0.05 (details below):",
+        "",
+        f"| test set | {BASELINE} | {' | '.join(functions)} |",
+        "|---" * (len(functions) + 2) + "|",
+    ]
+    for name, _ in args.data:
+        for split, (pairs, _) in files[name].items():
+            baseline = cells_of(args.out, name, BASELINE, args.seeds, str(pairs))
+            if not baseline:
+                continue
+            cells = []
+            for function in functions:
+                found = cells_of(args.out, name, function, args.seeds, str(pairs))
+                if seeds := sorted(found.keys() & baseline.keys()):
+                    ours, theirs = (mean_over_seeds(of_run, seeds) for of_run in (found, baseline))
+                    change = f"{(ours.mean() / theirs.mean() - 1) * 100:+.1f}%" if theirs.mean() else "–"
+                    cells.append(f"**{change}**" if paired_test(ours, theirs) < 0.05 else change)
+                else:
+                    cells.append("")
+            mean = mean_over_seeds(baseline, sorted(baseline)).mean()
+            rows.append(f"| {name}, {split} | {mean:.3f} | {' | '.join(cells)} |")
+    return rows
 
 
 def split_table(args: argparse.Namespace, name: str, source: Path | None, test: str) -> list[str]:

@@ -58,9 +58,9 @@ def test_emoji_images_are_on_white():
 
 @pytest.mark.skipif(not CHORUS.is_dir(), reason=f"the Chorus ratings are not in {CHORUS}")
 def test_chorus_ratings_are_evaluated_by_the_command_line(tmp_path):
-    argv = [f"--test_csv={CHORUS / 'query_1_product_id_1.csv'}", f"--doc-meta={CHORUS / 'corpus_2.json'}",
-            f"--model_name={TINY_MODEL}", "--weight_key=rating", "--left-keys=query", "--right-keys=title", "--right-weights=1", "--img-or-txt=txt;txt",
-            f"--output-dir={tmp_path}"]  # fmt: skip
+    argv = [f"--test_csv={CHORUS / 'query_1_product_id_1.csv'}", f"--doc-meta={CHORUS / 'corpus_2.json'}"]
+    argv += [f"--model_name={TINY_MODEL}", "--weight_key=rating", "--left-keys=query", "--right-keys=title"]
+    argv += ["--right-weights=1", "--img-or-txt=txt;txt", f"--output-dir={tmp_path}"]
     assert evaluate(argv) == 0
     assert json.loads((tmp_path / "output.json").read_text())["queries"] == 27
 

@@ -262,7 +262,16 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert learning_rate(0, 1, 0, 2.0) == 2.0
 
 
-def test_an_image_lost_on_the_way_is_a_missing_value_and_the_run_goes_on(pairs_file, capsys):
+def test_an_image_lost_on_the_way_is_a_missing_value_and_the_run_goes_on(pairs_file, capsys, monkeypatch):
+    import gcl_kernels
+
+    class Spy(gcl_kernels.GCLLoss):
+        def forward(self, lhs, rhs, scores, logit_scale, **options):
+            assert options["rhs_field_mask"].any(dim=1).all(), "a row with nothing left has given way to another"
+            assert len(scores) == 20
+            return super().forward(lhs, rhs, scores, logit_scale, **options)
+
+    monkeypatch.setattr(gcl_kernels, "GCLLoss", Spy)
     for line in range(2):
         pairs_file.write_text(pairs_file.read_text() + f"\nlost {line},,lost.png,{line}")
     (pairs_file.parent / "lost.png").write_bytes(b"no image")
