@@ -66,7 +66,7 @@ class FieldEncoder:
         self._tokenizer = tokenizer
         self._preprocess = preprocess
         self._device = next(model.parameters()).device
-        self._tokens: dict[str, Tensor] = {}
+        self._tokens: dict[str, bytes] = {}
         self._images: dict[str, Tensor] = {}
         self._image_bytes = 0
         # Threads are enough: Pillow lets go of the interpreter lock while it decodes and resizes.
@@ -113,11 +113,12 @@ class FieldEncoder:
             self._tokens.clear()
         new = [text for text in texts if text not in self._tokens]
         if new:
-            # int32 halves the table; the vocabulary is far smaller. Each its own storage, so that it can be let go of.
-            self._tokens.update(
-                (text, tokens.clone()) for text, tokens in zip(new, self._tokenizer(new).int(), strict=True)
-            )
-        return torch.stack([self._tokens[text] for text in texts]).long()
+            # As bytes: Python keeps small objects in blocks of their own, while small tensors that stay would lie between
+            # the large ones that come and go, and hold the heap open at its largest.
+            tokens = self._tokenizer(new).int().numpy()
+            self._tokens.update((text, row.tobytes()) for text, row in zip(new, tokens, strict=True))
+        rows = bytearray().join(self._tokens[text] for text in texts)
+        return torch.frombuffer(rows, dtype=torch.int32).view(len(texts), -1).long()
 
     def _images_of(self, paths: list[str]) -> Tensor:
         return torch.stack(list(self._pool.map(self._load, paths)))
