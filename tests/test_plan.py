@@ -76,6 +76,8 @@ def test_ranks_share_the_work_and_hold_all_columns():
     link = plan.ours(eight, H200).totals(H200)["link"]
     assert link == pytest.approx((7 / 8 * 65_536 * 768 * (2 + 4) + 16 * 65_536) / (450e9 * 0.8))
     assert plan.ours(one, H200).totals(H200)["link"] == 0
+    dense_link = plan.dense(eight, H200).totals(H200)["link"]  # both sides are gathered, their gradients in bfloat16
+    assert dense_link == pytest.approx((2 * 7 / 8 * 65_536 * 768 * (2 + 2) + 16 * 65_536) / (450e9 * 0.8))
     # beside the rows' share: the columns of others, and their gradient in float32
     rows_alone = plan.ours(Problem(8192, 65_536, 768, "bf16"), H200).extra_memory
     more = plan.ours(eight, H200).extra_memory - rows_alone

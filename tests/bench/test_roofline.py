@@ -35,6 +35,7 @@ def test_a_phase_by_hand():
     assert phase.parts(H200) == pytest.approx({"GEMM": 0.5, "exp": 0.3, "HBM": 1 / 0.9, "link": 0.0, "host": 0.2})
     both = Prediction("two", (phase, Phase("host alone", host=2.0)), 0)
     assert both.overlapped(H200) == pytest.approx(2.2)  # the host's work, 2.2, is more than the device's, 1.11
+    assert Prediction("one", (phase,), 0).overlapped(H200) == pytest.approx(1 / 0.9)
     assert both.serial(H200) == pytest.approx(0.5 + 0.3 + 1 / 0.9 + 2.2)
 
 
@@ -46,6 +47,9 @@ def test_exponentials_and_gradient_traffic_by_hand():
         2.22e-3, rel=0.01
     )
     g = 2 * 65_536**2
+    # six by six chunks: float32 accumulators, 4 + 4 bytes a number, once a chunk and line; the other operand likewise
+    accumulators, operand = 6 * 65_536 * 768 * 8, 6 * 65_536 * 768 * 2
+    assert totals["G @ rhs"].bytes == totals["G^T @ lhs"].bytes == g + accumulators + operand
     parts = totals["backward tiles"].bytes, totals["G @ rhs"].bytes, totals["G^T @ lhs"].bytes
     assert all(g < bytes_moved < 2 * g for bytes_moved in parts)
 
@@ -107,7 +111,8 @@ def test_ours_on_a_cpu_as_the_code_does(directions, budget, multiple, monkeypatc
 
     for name in ("forward", "backward", "forward_with_gradient"):
         monkeypatch.setattr(torch_chunked, name, counted(getattr(torch_chunked, name)))
-    x, y = (torch.randn(2048, 16, requires_grad=True) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.nn.functional.normalize(torch.randn(2048, 16, generator=g)).requires_grad_() for _ in range(2))
     gcl_loss(x, y, 2.0, directions=directions).backward()
     p = Problem(2048, 2048, 16, "fp32", directions=2 if directions == "both" else 1)
     assert plan.ours(p, CPU).flops == made == multiple * 2048**2 * 16
