@@ -119,7 +119,7 @@ class Case:
     def tile(self) -> Tile:
         options = VARIANTS[self.variant]
         masked = options.get("CHANNELS", 0) > 0 or options.get("LABELS", 0) > 1
-        return self.config.tile(self.kernel == "backward_tile" or "kept" in self.variant, masked)
+        return self.config.tile(self.kernel == "backward_tile", masked, keep="kept" in self.variant)
 
     @property
     def config(self) -> Config:

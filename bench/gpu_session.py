@@ -460,7 +460,8 @@ def table(chip, chosen: Result) -> str:
         tiles = ", ".join(
             literal(t) for t in (config.forward, config.backward, config.masked_forward, config.masked_backward)
         )
-        lines.append(f"    ({largest}, Config({tiles}, {config.descriptors})),")
+        keeping = f", {literal(config.keeping)}" if config.keeping else ""
+        lines.append(f"    ({largest}, Config({tiles}, {config.descriptors}{keeping})),")
     return "\n".join([*lines, "),", ""])
 
 

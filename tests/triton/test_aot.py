@@ -23,6 +23,7 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float16, 256),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "ids"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows kept"),
+    aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns kept"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),
     aot.Case(FAMILIES["sm_90"], "merge_partials", torch.float32, 768),

@@ -41,9 +41,14 @@ class Config:
     masked_forward: Tile  # with ids or several labels a row, whose values need registers beside the logits
     masked_backward: Tile
     descriptors: bool = False  # tensor descriptors (TMA where the chip has it) instead of pointers
+    keeping: Tile | None = (
+        None  # the forward that stores exponentials, unmasked; None: as the backward, which stores as much
+    )
 
-    def tile(self, backward: bool, masked: bool) -> Tile:
-        if backward:
+    def tile(self, backward: bool, masked: bool, keep: bool = False) -> Tile:
+        if keep and self.keeping is not None and not masked:
+            return self.keeping
+        if backward or keep:
             return self.masked_backward if masked else self.backward
         return self.masked_forward if masked else self.forward
 
@@ -87,6 +92,8 @@ SMALL_BACKWARD_90 = Tile(128, 128, 64, 4, 3, halves=True)
 # Blackwell, 227 KB: accumulators are in tensor memory and come to registers a whole row a thread; 256 columns do not fit there,
 # nor more than 64 beside ids (forward: not even those if the logits must outlive their exponentials).
 SQUARE_100 = Tile(128, 128, 64, 8, 3)
+# Column sums beside what is stored need the halves; the backward, with more in flight, does better whole.
+KEEPING_100 = Tile(128, 128, 64, 8, 3, halves=True)
 MASKED_FORWARD_100 = Tile(128, 64, 64, 8, 4, one_exponential=False)
 MASKED_BACKWARD_100 = Tile(128, 64, 64, 8, 4)
 
@@ -152,7 +159,9 @@ FAMILIES = {
             "sm_100",
             ("cuda", 100, 32),
             227 * 1024,
-            half=((math.inf, Config(SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True)),),
+            half=(
+                (math.inf, Config(SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True, KEEPING_100)),
+            ),
             tf32=everywhere(TF32, descriptors=True),
             ieee=everywhere(IEEE, descriptors=True),
         ),

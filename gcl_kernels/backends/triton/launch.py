@@ -222,7 +222,8 @@ def forward_with_gradient(
     g, norm = normalized(lhs.dtype, g_row, g_col, g_positive)
     g_line = g[0] if by_row else g[1]
     assert g_line is not None
-    step = p.tile(backward=True).rows if by_row else p.tile(backward=True).cols
+    tile = p.tile(backward=False, keep=True)
+    step = tile.rows if by_row else tile.cols
     stored = torch.float32 if INTERPRETED else lhs.dtype  # the interpreter's bfloat16 rounding is faulty
     chunk = whole_lines(len(own), len(other), step, stored.itemsize)
     pitch = round_up(p.m if by_row else chunk, 64)
@@ -290,7 +291,7 @@ def kept_exponentials(
     reference: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Fills ``kept`` with a chunk's exponentials. Returns (base-2 logsumexp of each line's negatives, references in use)."""
-    tile = p.tile(backward=True)
+    tile = p.tile(backward=False, keep=True)
     lines = rows.stop - rows.start if by_row else cols.stop - cols.start
     across = cdiv(p.m, tile.cols) if by_row else cdiv(p.n, tile.rows)
     parts = reference.new_empty((2, across * lines))
@@ -407,8 +408,8 @@ class Problem:
     def n_labels(self) -> int:
         return 1 if self.labels is None else self.labels.shape[1]
 
-    def tile(self, backward: bool) -> Tile:
-        return self.config.tile(backward, masked=self.lhs_ids is not None or self.n_labels > 1)
+    def tile(self, backward: bool, keep: bool = False) -> Tile:
+        return self.config.tile(backward, self.lhs_ids is not None or self.n_labels > 1, keep)
 
     def arguments(self, rows: slice, cols: slice, tile: Tile) -> dict[str, Any]:
         """What both tile kernels take, for a chunk. A tensor a kernel does not read is stood in for by ``scale``."""
