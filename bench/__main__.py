@@ -13,6 +13,7 @@ import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -60,7 +61,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draw", type=words(cases.DRAWS), default=["clustered"])
     parser.add_argument("--fields", type=numbers(int), default=[1], help="fields of the right-hand side")
     parser.add_argument("--ids", action="store_true", help="mask false negatives")
-    parser.add_argument("--peers", default="all", help="all, none, or names: " + ", ".join(list(peers.PEERS)[1:]))
+    parser.add_argument(
+        "--peers",
+        type=chosen_peers,
+        default=tuple(peers.PEERS),
+        help="all, none, module:function (of lhs, rhs, logit_scale) or names: " + ", ".join(list(peers.PEERS)[1:]),
+    )
     parser.add_argument("--turns", type=int, help="default: 31 for short steps, 5 for others")
     parser.add_argument("--no-error", action="store_true", help="leave out the float64 oracle")
     parser.add_argument("--curves", action="store_true", help="the scaling curves instead")
@@ -73,7 +79,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def chosen_peers(text: str) -> tuple[str, ...]:
     if text in ("all", "none"):
         return tuple(peers.PEERS) if text == "all" else ("ours",)
-    return ("ours", *(name for name in words(tuple(peers.PEERS))(text) if name != "ours"))
+    names = [name.strip() for name in text.split(",")]
+    words(tuple(peers.PEERS))(",".join(name for name in names if ":" not in name) or "ours")
+    return ("ours", *(name for name in names if name != "ours"))
 
 
 def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
@@ -83,7 +91,7 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
         [options.device], options.dtype, options.n, options.m, options.d, options.directions, options.passes,
         options.logit_scale, options.draw, options.fields, [options.ids],
     )  # fmt: skip
-    return [(case, chosen_peers(options.peers)) for case in found]
+    return [(case, options.peers) for case in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,19 +102,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, case = options.memory_of
         measure.print_memory_of(name, Case(**json.loads(case)))
         return
-    result = report.read(options.json) if options.resume and options.json else {"cells": []}
+    result: dict[str, Any] = report.read(options.json) if options.resume and options.json else {"cells": []}
+    machine = measure.machine()
+    if result.get("machine", machine) != machine:
+        raise SystemExit(f"--resume: expected the machine and versions that began {options.json}, got others")
+    result.setdefault("date", datetime.date.today().isoformat())
     result |= {
-        "date": datetime.date.today().isoformat(),
         "gcl_kernels": __version__,
-        "machine": measure.machine(),
+        "machine": machine,
         "versions": {name: peers.version(name) for name in peers.PEERS},
     }
-    known = {(cell["peer"], json.dumps({k: cell[k] for k in Case.__dataclass_fields__})) for cell in result["cells"]}
     for case, names in tqdm(plan(options), unit="case"):
-        if all((name, json.dumps(case.as_dict())) in known for name in names):
+        known = [cell["peer"] for cell in result["cells"] if report.case_of(cell) == case]
+        if set(names) <= set(known):
             continue
         rows = measure.cell_rows(case, names, options.turns, error=not options.no_error)
-        result["cells"] += rows
+        # Ratios are of one run: a case that lacks a peer is measured again as a whole.
+        result["cells"] = [cell for cell in result["cells"] if report.case_of(cell) != case] + rows
         if options.json:
             report.write_json(options.json, result)
         tqdm.write(report.table(rows, title=case.title))

@@ -142,9 +142,9 @@ def curves(device: str) -> list[tuple[Case, tuple[str, ...]]]:
     changed = [
         *(({"n": n, "m": n}, beside if n <= dense_limit else ours) for n in ns),
         *(({"d": d}, beside) for d in (64, 128, 256, 512, 768, 1024, 1280) if d != base.d),
-        *(({"fields": f}, ours) for f in (2, 3, 4, 6, 8)),
-        ({"ids": True}, ours),
-        ({"directions": "lhs_to_rhs"}, (*ours, "sentence_transformers", "linear_cross_entropy")),
+        *(({"fields": f}, (*ours, "dense")) for f in (2, 3, 4, 6, 8)),
+        ({"ids": True}, (*ours, "dense")),
+        ({"directions": "lhs_to_rhs"}, (*ours, "linear_cross_entropy", "linear_cross_entropy_chunked")),
         ({"passes": "forward"}, beside),
         ({"dtype": other_dtype}, beside),
         ({"logit_scale": 100.0}, beside),

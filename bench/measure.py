@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bench import oracle
 from bench.cases import DIRECTIONS, DTYPES, Case, Inputs, build
-from bench.peers import DENSE_COPIES, PEERS, Loss, Unsupported, version
+from bench.peers import COMPILED, DENSE_COPIES, Loss, Unsupported, peer, version
 
 # A step below this is timed in bursts of BURST steps after one that is not counted: what the task before it left in the caches,
 # and in what order tasks take turns, is then no part of its time.
@@ -31,58 +32,63 @@ ERROR_LOGITS = {"cpu": 2**26, "cuda": 2**33}  # the float64 oracle is run up to 
 
 def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) -> list[dict[str, Any]]:
     """A row for each peer: times of each turn, rates, ratios, errors, memory; or the reason that there are none."""
-    inputs = build(case)
+    inputs, product = build(case), gemm(case)
+    exact = exact_results(case, inputs) if error else None
     rows: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Callable[[], float]] = {}
-    seconds: dict[str, float] = {}
-    exact = None
+    once: dict[str, float] = {}  # seconds of what is measured once
+    slowest = 0.0
     for name in peers:
         row = rows[name] = {**case.as_dict(), "peer": name, "version": version(name), "seconds": None, "reason": None}
         try:
             fits(case, name)
-            loss = PEERS[name](case)
-            if case.passes == "both" and error and comparable(case):
-                exact = exact or oracle.loss_and_gradients(
-                    inputs.lhs, inputs.rhs[0], inputs.logit_scale, DIRECTIONS[case.directions]
-                )
+            loss = peer(name)(case)
+            if exact is not None:
                 row["error"] = errors(loss, inputs, exact)
+            before = product()
+            seconds = step(loss, inputs, case)
+            if seconds >= LONG_SECONDS:
+                once[name] = seconds
+                row["of_gemm"] = case.flops * (before + product()) / 2 / seconds
             else:
-                seconds[name] = step(loss, inputs, case)
-            if seconds.get(name, 0) < LONG_SECONDS:
-                seconds[name] = step(loss, inputs, case)
-            tasks[name] = repeated(loss, inputs, case, BURST if seconds[name] < SHORT_SECONDS else 1)
+                seconds = step(loss, inputs, case)
+                tasks[name] = repeated(loss, inputs, case, BURST if seconds < SHORT_SECONDS else 1)
+                slowest = max(slowest, seconds)
             if case.device == "cuda":
                 row["extra_mib"] = cuda_extra_mib(loss, inputs, case)
         except Exception as refusal:  # whatever a peer or its compiler raises is its result, never the end of a run
             row["reason"] = reason(refusal)
+            tasks.pop(name, None)
             release(case)
-    product = gemm(case)
-    turns = turns or (31 if max(seconds.values(), default=0) < 0.05 else 5)
-    long = {name: t for name, t in seconds.items() if t >= LONG_SECONDS}
-    tasks = {name: task for name, task in tasks.items() if name not in long}
-    times = interleaved({"gemm": product, **tasks}, turns)
-    rate = [1 / t for t in times.pop("gemm")]  # FLOP/s, turn by turn
-    times |= {name: [t] for name, t in long.items()}
+    times, failures = interleaved({"gemm": product, **tasks}, turns or (31 if slowest < 0.05 else 5))
+    per_flop = times.pop("gemm")
+    times |= {name: [t] for name, t in once.items()}
     for name, row in rows.items():
-        row["gemm_tflops"] = statistics.median(rate) / 1e12
+        row["gemm_tflops"] = 1e-12 / statistics.median(per_flop)
+        if name in failures:
+            row["reason"] = reason(failures[name])
         if name not in times:
             continue
         row["seconds"] = times[name]
         row["tflops"] = case.flops / statistics.median(times[name]) / 1e12
-        row["of_gemm"] = statistics.median(
-            case.flops / t / r for t, r in zip(times[name], rate, strict=name not in long)
-        )
+        if name not in once:
+            row["of_gemm"] = case.flops * median_ratio(per_flop, times[name])
         if name == "ours":
-            row["over"] = {peer: median_ratio(times[peer], times[name]) for peer in times if peer != name}
+            row["over"] = {other: median_ratio(times[other], times[name]) for other in times if other != name}
         if case.device == "cpu":
             row["extra_mib"] = cpu_extra_mib(case, name)
     return list(rows.values())
 
 
-def comparable(case: Case) -> bool:
-    """Whether ``oracle`` knows the case and finishes in reasonable time."""
+def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
+    """What ``oracle`` says, where it knows the case and finishes in reasonable time."""
     small = case.n * case.m <= ERROR_LOGITS.get(case.device, 2**26)
-    return case.fields == 1 and not case.ids and case.n <= case.m and small
+    if not (case.passes == "both" and case.fields == 1 and not case.ids and case.n <= case.m and small):
+        return None
+    lhs, rhs, scale = inputs.leaves
+    if case.device == "mps":  # has no float64
+        lhs, rhs, scale = (x.cpu() for x in (lhs, rhs, scale))
+    return oracle.loss_and_gradients(lhs, rhs, scale, DIRECTIONS[case.directions])
 
 
 def errors(loss: Loss, inputs: Inputs, exact: Sequence[Tensor]) -> dict[str, float]:
@@ -96,11 +102,11 @@ def errors(loss: Loss, inputs: Inputs, exact: Sequence[Tensor]) -> dict[str, flo
     }
 
 
-def fits(case: Case, peer: str) -> None:
+def fits(case: Case, name: str) -> None:
     """On a CPU, logits that do not fit would not fail: they would take the machine down."""
-    if case.device != "cpu" or peer not in DENSE_COPIES:
+    if case.device != "cpu" or name not in DENSE_COPIES:
         return
-    need = DENSE_COPIES[peer] * case.n * case.m * DTYPES[case.dtype].itemsize / 2**30
+    need = DENSE_COPIES[name] * case.n * case.m * DTYPES[case.dtype].itemsize / 2**30
     free = available_gib()
     if need > 0.9 * free:
         raise Unsupported(f"out of memory: its logits need about {need:.0f} GiB, {free:.0f} GiB are free")
@@ -127,8 +133,8 @@ def release(case: Case) -> None:
 
 
 def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        getattr(torch, device).synchronize()
 
 
 def step(loss: Loss, inputs: Inputs, case: Case) -> float:
@@ -199,35 +205,49 @@ def cuda_extra_mib(loss: Loss, inputs: Inputs, case: Case) -> float:
     return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
 
 
-def cpu_extra_mib(case: Case, peer: str) -> float:
-    """Peak resident memory over what inputs and gradients need, MiB, in a fresh process; at least 0."""
-    return float(in_fresh_process("bench", "--memory-of", peer, json.dumps(case.as_dict())))
+def cpu_extra_mib(case: Case, name: str) -> float | None:
+    """Peak resident memory over what inputs and gradients need, MiB, in a fresh process; at least 0. None where that fails, as
+    it does without Linux's counters."""
+    try:
+        return float(in_fresh_process("bench", "--memory-of", name, json.dumps(case.as_dict())))
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return None
 
 
-def print_memory_of(peer: str, case: Case) -> None:
-    loss = PEERS[peer](case)
-    small = Case(**{**case.as_dict(), "n": 64, "m": 64})
-    step(PEERS[peer](small), build(small), small)  # libraries and threads are there
+def print_memory_of(name: str, case: Case) -> None:
+    # A step first: libraries and threads are there, and a compiler has done its work at this shape.
+    first = case if name in COMPILED else replace(case, n=64, m=64)
+    loss = peer(name)(first)
+    step(loss, build(first), first)
+    loss = loss if first == case else peer(name)(case)
     inputs = build(case)
     gc.collect()
     before = memory_mib("VmRSS")
     gradients = 0 if case.passes == "forward" else sum(x.numel() * x.element_size() for x in inputs.leaves) / 2**20
     reset_peak()
-    value = loss(inputs)
-    if case.passes != "forward":
-        value.backward()
+    step(loss, inputs, case)
     print(max(memory_mib("VmHWM") - before - gradients, 0.0))
 
 
-def interleaved(tasks: dict[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
-    """What each task returns, ``turns`` times, in turns after one warm-up, so that noise meets all alike."""
+def interleaved(
+    tasks: dict[str, Callable[[], float]], turns: int
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """What each task returns, ``turns`` times, in turns after one warm-up, so that noise meets all alike. A task that fails, in
+    whatever turn, is out; the second result says why."""
     results: dict[str, list[float]] = {name: [] for name in tasks}
+    failures: dict[str, Exception] = {}
     for turn in range(turns + 1):
-        for name, task in tasks.items():
-            value = task()
+        for name in list(results):
+            try:
+                value = tasks[name]()
+            except Exception as failure:
+                failures[name] = failure
+                del results[name]
+                continue
             if turn:
                 results[name].append(value)
-    return results
+    return results, failures
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
 """This library and what a user would pick instead, each called as its users call it.
 
-``PEERS[name](case)`` returns a function of ``cases.Inputs`` that gives the loss, or raises :class:`Unsupported` with the reason,
-which is a result: it stands in the peer's cell.
+``peer(name)(case)`` returns a function of ``cases.Inputs`` that gives the loss, or raises :class:`Unsupported` with the reason,
+which is a result: it stands in the peer's cell. A name with a colon, ``module:function``, is anybody's
+``function(lhs, rhs, logit_scale)``.
 """
 
 from __future__ import annotations
@@ -77,9 +78,21 @@ def open_clip(case: Case) -> Loss:
 
 
 def open_clip_compiled(case: Case) -> Loss:
-    """The inner function, so that the graph is what a training step under torch.compile has."""
     eager = open_clip(case)
+    torch._dynamo.reset()  # cases share this code, and after eight shapes of one code torch.compile gives up and runs it eagerly
     return torch.compile(eager, dynamic=False)
+
+
+def dense(case: Case) -> Loss:
+    """The formula as it stands in ``reference``: what somebody who needs fields or ids would write."""
+    import reference
+
+    def loss(x: Inputs) -> Tensor:
+        rhs = x.rhs[0] if len(x.rhs) == 1 else {str(i): y for i, y in enumerate(x.rhs)}
+        left, right = x.ids or (None, None)
+        return reference.gcl_loss(x.lhs, rhs, x.logit_scale, directions=case.directions, lhs_ids=left, rhs_ids=right)
+
+    return loss
 
 
 def scaled(x: Inputs) -> Tensor:
@@ -101,16 +114,31 @@ def both_directions(case: Case, one: Callable[[Tensor, Tensor, Tensor], Tensor])
     return loss
 
 
-def linear_cross_entropy(case: Case) -> Loss:
+def as_rows(case: Case) -> None:
+    """Of losses that take rows, columns and one label a row."""
     plain(case)
     require(case.directions == "lhs_to_rhs" or case.n == case.m, "takes M = N only for columns")
+
+
+def linear_cross_entropy(case: Case) -> Loss:
+    """As it is by default, with the logits in memory."""
+    as_rows(case)
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     require(function is not None, f"not in torch {torch.__version__}")
     return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels))  # pyright: ignore
 
 
+def linear_cross_entropy_chunked(case: Case) -> Loss:
+    as_rows(case)
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    chosen = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    require(function is not None and chosen is not None, f"not in torch {torch.__version__}")
+    options = chosen()  # pyright: ignore
+    return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels, options=options))  # pyright: ignore
+
+
 def cut_cross_entropy(case: Case) -> Loss:
-    plain_pairs(case)
+    as_rows(case)
     on_gpu(case)
     require(case.dtype in ("bf16", "fp16"), "takes bf16 and fp16 only")
     function = package("cut_cross_entropy").linear_cross_entropy
@@ -118,7 +146,7 @@ def cut_cross_entropy(case: Case) -> Loss:
 
 
 def liger(case: Case) -> Loss:
-    plain_pairs(case)
+    as_rows(case)
     on_gpu(case)
     module = package("liger_kernel", "liger_kernel.transformers")
     loss = module.LigerFusedLinearCrossEntropyLoss()
@@ -144,11 +172,16 @@ def inf_cl(case: Case) -> Loss:
 
 
 def sentence_transformers(case: Case) -> Loss:
-    """MultipleNegativesRankingLoss; its model is replaced by one that hands on the embeddings, and its scale is a constant."""
-    plain(case)
-    require(case.directions == "lhs_to_rhs", "one direction only, lhs to rhs")
+    """MultipleNegativesRankingLoss of dot products; its model is replaced by one that hands on the embeddings, and its scale is a
+    constant."""
+    plain_pairs(case)
+    require(case.directions != "rhs_to_lhs", "both directions, or lhs to rhs")
     losses = package("sentence_transformers", "sentence_transformers.losses")
-    loss = losses.MultipleNegativesRankingLoss(torch.nn.Identity(), scale=case.logit_scale)
+    utilities = package("sentence_transformers", "sentence_transformers.util")
+    options: dict[str, Any] = {"scale": case.logit_scale, "similarity_fct": utilities.dot_score}
+    if case.directions == "both":
+        options |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    loss = losses.MultipleNegativesRankingLoss(torch.nn.Identity(), **options)
     return lambda x: loss([{"sentence_embedding": x.lhs}, {"sentence_embedding": x.rhs[0]}], None)
 
 
@@ -160,7 +193,9 @@ PEERS: dict[str, Callable[[Case], Loss]] = {
     "ours": ours,
     "open_clip": open_clip,
     "open_clip_compiled": open_clip_compiled,
+    "dense": dense,
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
     "cut_cross_entropy": cut_cross_entropy,
     "liger": liger,
     "inf_cl": inf_cl,
@@ -171,7 +206,9 @@ PACKAGES = {
     "ours": "gcl_kernels",
     "open_clip": "open_clip_torch",
     "open_clip_compiled": "open_clip_torch",
+    "dense": "torch",
     "linear_cross_entropy": "torch",
+    "linear_cross_entropy_chunked": "torch",
     "cut_cross_entropy": "cut-cross-entropy",
     "liger": "liger-kernel",
     "inf_cl": "inf-cl",
@@ -179,11 +216,31 @@ PACKAGES = {
     "siglip_kernel": "siglip-kernel",
 }
 # Peers whose logits are in memory: copies of N x M alive at their peak, in the logits' dtype.
-DENSE_COPIES = {"open_clip": 5, "open_clip_compiled": 4, "sentence_transformers": 4}
+DENSE_COPIES = {
+    "open_clip": 5,
+    "open_clip_compiled": 4,
+    "dense": 8,
+    "linear_cross_entropy": 4,
+    "sentence_transformers": 4,
+}
+COMPILED = ("open_clip_compiled",)
 
 
-def version(peer: str) -> str | None:
+def peer(name: str) -> Callable[[Case], Loss]:
+    if ":" not in name:
+        return PEERS[name]
+    module, _, function = name.partition(":")
+
+    def make(case: Case) -> Loss:
+        plain(case)
+        loss = getattr(package(module), function)
+        return lambda x: loss(x.lhs, x.rhs[0], x.logit_scale)
+
+    return make
+
+
+def version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(PACKAGES[peer])
+        return importlib.metadata.version(PACKAGES.get(name, name.partition(":")[0]))
     except importlib.metadata.PackageNotFoundError:
         return None

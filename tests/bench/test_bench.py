@@ -80,6 +80,22 @@ def test_a_run_measures_every_peer_or_says_why_not(quick, tmp_path, capsys):
     command.main([*arguments, "--resume"])
     assert json.loads(path.read_text())["cells"] == result["cells"]  # nothing was measured again
 
+    more = [*arguments, "--resume", "--peers", f"{names},tests.bench.test_bench:somebodys_loss"]
+    command.main(more)
+    after = json.loads(path.read_text())["cells"]
+    assert [c["peer"] for c in after].count("ours") == 2  # one a case, however often it was measured
+    theirs = [c for c in after if c["peer"] == "tests.bench.test_bench:somebodys_loss"]
+    assert all(c["error"]["lhs"] < 1e-4 for c in theirs)
+    assert len(theirs) == 2
+
+    path.write_text(json.dumps(result | {"machine": {"cpu": "another"}}))
+    with pytest.raises(SystemExit, match="expected the machine"):
+        command.main(more)
+
+
+def somebodys_loss(lhs, rhs, logit_scale):
+    return reference.gcl_loss(lhs, rhs, logit_scale)
+
 
 def test_errors_show_a_wrong_gradient(quick, monkeypatch):
     case = cases.Case("cpu", "fp32", 48, 48, 16)
@@ -99,7 +115,18 @@ def test_failures_are_results(quick, monkeypatch):
 
         return make
 
+    def fails_later(case):
+        right, calls = peers.PEERS["dense"](case), iter(range(8))
+        return lambda inputs: (
+            right(inputs) if next(calls, None) is not None else fails(MemoryError("late"))(case)(inputs)
+        )
+
+    class Killed(Exception):  # as a compiler's own, no RuntimeError
+        pass
+
     case = cases.Case("cpu", "fp32", 16, 16, 8)
+    monkeypatch.setitem(peers.PEERS, "cut_cross_entropy", fails_later)
+    monkeypatch.setitem(peers.PEERS, "linear_cross_entropy", fails(Killed("out of registers")))
     monkeypatch.setitem(peers.PEERS, "liger", fails(torch.OutOfMemoryError("CUDA out of memory")))
     monkeypatch.setitem(peers.PEERS, "inf_cl", fails(RuntimeError("no kernel\nfor this")))
     monkeypatch.setattr(measure, "available_gib", lambda: 1e-9)
@@ -126,6 +153,9 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     report.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "| 512 | 51.2 s | 51.2 s | 2.00x | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
+    one = tmp_path / "one.png"
+    report.draw(result | {"cells": cells[:1]}, one)
+    assert not one.exists()  # one case has no curve; its table is all there is
     text = report.bench_readme({"run.json": result})
     assert "## run" in text
     assert "N = 256, D = 64" in text
@@ -158,3 +188,17 @@ def test_the_microbenchmarks_run(monkeypatch):
         suite.test_tile(run, problem, step, (64, 32))
     suite.test_workspace_budget(run, problem, 8, monkeypatch)
     suite.test_aggregation(run, 2)
+
+
+def test_memory_that_cannot_be_read_is_no_crash(monkeypatch, capsys):
+    def killed(*arguments):
+        raise RuntimeError("bench --memory-of: exit -9")
+
+    monkeypatch.setattr(measure, "in_fresh_process", killed)
+    assert measure.cpu_extra_mib(cases.Case("cpu", "fp32", 16, 16, 8), "ours") is None
+    assert "exit -9" in capsys.readouterr().err
+
+
+def test_memory_in_a_fresh_process_sees_the_kept_exponentials():
+    case = cases.Case("cpu", "fp32", 2048, 2048, 64, logit_scale=14.0)
+    assert 16 < measure.cpu_extra_mib(case, "ours") < 40  # 16 MiB of exponentials and two tiles
