@@ -107,6 +107,7 @@ def gcl_loss(
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
         x, y = left[0][1], right[0][1]
+        check_pair(x, y)
         check_weights(weights, labels, x.shape[0], x.device)
         if process_group is not None:
             x, y, _, _ = check_inputs(x, y, logit_scale, labels, lhs_ids, rhs_ids, backend, distributed=True)
@@ -123,16 +124,20 @@ def gcl_loss(
         }
         ranks = distributed.agree(process_group, transport, x, y, logit_scale, labels, lhs_ids, alike)
 
+    denominator = _denominator(weights, labels, x, reduction, ranks)
     loss = x.new_zeros(())
     for u, x, has_x in left:
         for v, y, has_y in right:
             visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
             pair = _row_losses(
                 x, y, logit_scale, weights, *visible, has_x, has_y,
-                DIRECTIONS[directions], label_smoothing, z_loss, reduction != "none", ranks, backend,
+                DIRECTIONS[directions], label_smoothing, z_loss, None if denominator is None else u * v / denominator,
+                ranks, backend,
             )  # fmt: skip
             loss = loss + u * v * pair
-    return _reduce(loss, weights, labels, reduction, ranks).to(torch.promote_types(x.dtype, torch.float32))
+    if denominator is not None:
+        loss = loss.sum() / denominator
+    return loss.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GCLLoss(nn.Module):
@@ -378,22 +383,21 @@ def _row_losses(
     a,
     label_smoothing,
     z_loss,
-    reduced,
+    factor,
     ranks,
     backend,
 ) -> Tensor:
-    """(N,) l_i of one pair of sides, in the statistics' dtype. ``reduced``: the caller sums them with equal factors."""
+    """(N,) l_i of one pair of sides, in the statistics' dtype. ``factor``: by which the caller adds them up, or None."""
     n, m = x.shape[0], y.shape[0]
-    check_pair(x, y)
     check_labels(labels, x, y, ranks is not None)
     labels = None if labels is None else labels.reshape(n, -1)
     column = None if labels is None else labels.clamp(min=0).to(torch.int64)
     w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
     w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
     promise = None
-    if reduced and z_loss == 0 and ranks is None:
+    if factor is not None and z_loss == 0 and ranks is None:
         # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
-        g = w.detach().to(statistics_dtype(x.device))
+        g = w.detach().to(statistics_dtype(x.device)) * factor
         g_row = a * g.sum(dim=1) if a > 0 else None
         g_col = (1 - a) * _sum_by_column(g, column, m) if a < 1 else None
         promise = g_row, g_col, (label_smoothing - 1) * g
@@ -448,25 +452,27 @@ def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None, ranks: distributed.R
     return (x.to(compute) * (total / count.clamp(min=1))).sum(dim=1)
 
 
-def _reduce(
-    loss: Tensor, weights: Tensor | None, labels: Tensor | None, reduction: str, ranks: distributed.Ranks | None
-) -> Tensor:
+def _denominator(
+    weights: Tensor | None, labels: Tensor | None, x: Tensor, reduction: str, ranks: distributed.Ranks | None
+) -> float | Tensor | None:
+    """What the sum of this rank's l_i is divided by; None for reduction "none"."""
     if reduction == "none":
-        return loss
-    total = loss.sum() if ranks is None else ranks.world * loss.sum()
+        return None
     if reduction == "sum":
-        return total
-    if reduction == "mean":
-        return total / (loss.numel() if ranks is None else ranks.n)
-    weight = _total_weight(weights, labels, loss)
-    if ranks is not None:
-        weight = ranks.total(weight)
-    return total / torch.where(weight > 0, weight, 1.0)
+        total = 1.0
+    elif reduction == "mean":
+        total = x.shape[0] if ranks is None else ranks.n
+    else:
+        total = _total_weight(weights, labels, x)
+        total = total if ranks is None else ranks.total(total)
+        total = torch.where(total > 0, total, 1.0)
+    return total if ranks is None else total / ranks.world
 
 
-def _total_weight(weights: Tensor | None, labels: Tensor | None, loss: Tensor) -> Tensor:
-    """Of the labelled entries, 0-d in the loss's dtype."""
+def _total_weight(weights: Tensor | None, labels: Tensor | None, x: Tensor) -> Tensor:
+    """Of the labelled entries, 0-d in the statistics' dtype."""
+    kind = statistics_dtype(x.device)
     if weights is None:
-        return loss.new_full((), loss.numel()) if labels is None else (labels >= 0).sum().to(loss.dtype)
-    weights = weights.to(loss.dtype)
+        return x.new_full((), x.shape[0], dtype=kind) if labels is None else (labels >= 0).sum().to(kind)
+    weights = weights.to(kind)
     return (weights if labels is None else torch.where(labels >= 0, weights, 0.0)).sum()

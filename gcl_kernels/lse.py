@@ -106,8 +106,8 @@ def logsumexp_statistics(
 
     ``promise``: a caller that knows its upstream gradients up to one common factor gives them here, of row, col (None where
     not wanted) and positive (N, P). Where that saves work (``backends.gradient_in_one_pass``) the gradients are then formed
-    beside the logsumexp, from the same logits. The promise must hold: the backward reads nothing but the factor
-    (``GCL_KERNELS_DEBUG=1`` checks it).
+    beside the logsumexp, from the same logits, and handed on, times the factor, in place; by a factor of one they are not rounded
+    again. The promise must hold: the backward reads nothing but the factor (``GCL_KERNELS_DEBUG=1`` checks it).
 
     ``ranks``: the problem is cut over a process group whose ranks have agreed; row, col and positive are this rank's. A
     promise saves nothing there, since col is known only once all ranks are done.
@@ -231,23 +231,31 @@ def _(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row
 
 
 def _setup_context(ctx, inputs, output):
-    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want, g_row, g_col, _, _, ctx.backend = inputs
-    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_row, g_col, *output)
+    lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, ctx.want, g_row, g_col, g_positive, ctx.need, ctx.backend = inputs
+    row, col, positive, *gradients = output
+    ctx.save_for_backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, g_row, g_col, g_positive, row, col, positive)
+    ctx.gradients = [g.detach() for g in gradients]  # the outputs themselves would hold this ctx, and it them
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
     if any(g is not None and g.numel() for g in through_the_gradients):
         _refuse_double_backward(ctx)
-    *inputs, promised_row, promised_col, row, col, positive, dlhs, drhs, dscale = ctx.saved_tensors
+    *inputs, promised_row, promised_col, promised_positive, row, col, positive = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     g_row = g_row if ctx.want[0] else None
     g_col = g_col if ctx.want[1] else None
-    if promised_row is None and promised_col is None:
+    if promised_positive is None:
         gradients = _backward(*inputs, row, col, positive, g_row, g_col, g_positive, list(need), ctx.backend)
     else:
+        # Given away, so that they need no copy. A second backward through a retained graph makes them again, to the same bits;
+        # so does one that is to be differentiated itself, which those made again refuse.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled():
+            promise = promised_row, promised_col, promised_positive
+            gradients = _forward(*inputs, ctx.want, *promise, ctx.need, ctx.backend)[3:]
         factor = _common_factor((g_row, promised_row), (g_col, promised_col))
-        gradients = [g * factor.to(g.dtype) for g in (dlhs, drhs, dscale)]
+        gradients = [g.mul_(factor.to(g.dtype)) for g in gradients]
     return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 9)
 
 

@@ -260,7 +260,7 @@ def kept_tiles(p: Problem) -> int:
     tile = cpu_tile(p)
     one = torch.empty(1).expand(torch_chunked.tile_size(*tile))
     rule = torch_chunked.Problem(*lines, lines, None, None, None, torch.float32, torch.float32, tile, (one, one))
-    return min(rule.tiles_to_keep(), tile_count(p))
+    return min(rule.tiles_to_keep(round(gradients(p))), tile_count(p))
 
 
 def torch_memory(p: Problem) -> float:
@@ -268,7 +268,8 @@ def torch_memory(p: Problem) -> float:
     height, width = cpu_tile(p)
     tile, kept, tiles = 4.0 * torch_chunked.tile_size(height, width), kept_tiles(p), tile_count(p)
     all_kept = kept == tiles
-    buffers = tile if all_kept else 2 * tile  # the first holds a tile that is not kept
+    factors = 4.0 * torch_chunked.tile_size(min(height, torch_chunked.FACTOR_ROWS), width)
+    buffers = factors if all_kept else tile + factors  # the first holds a tile that is not kept
     rows = 4.0 * height * p.d  # of lhs with the scale, of a gradient
     dlhs, drhs = 4.0 * p.n * p.d, 4.0 * p.m * p.d
     half = p.s != 4

@@ -27,7 +27,7 @@ def draw_weights(kind, shape, problem):
 def keep_tiles(patch, count):
     """Let the loss keep the exponentials of ``count`` tiles between its passes; None: make its gradients in the backward."""
     patch.setenv("GCL_KERNELS_WORKSPACE_MIB", "0" if count is None else "256")
-    patch.setattr(torch_chunked.Problem, "tiles_to_keep", lambda self: count)
+    patch.setattr(torch_chunked.Problem, "tiles_to_keep", lambda *_: count)
 
 
 @given(
@@ -167,7 +167,9 @@ def test_kept_tiles_respect_the_workspace_budget(monkeypatch):
     monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
     x = torch.randn(300, 4)
     problem = torch_chunked.Problem.of(x, x, torch.tensor(1.0), None, None, None, (128, 128))
-    assert problem.tiles_to_keep() == 2**20 // (4 * torch_chunked.tile_size(128, 128)) - 2  # the two in use count
+    tile = 4 * torch_chunked.tile_size(128, 128)
+    assert problem.tiles_to_keep(0) == 2**20 // tile - 2  # the two in use count
+    assert problem.tiles_to_keep(3 * tile) == 2**20 // tile + 1  # gradients are written where tiles were
 
 
 def test_one_direction_never_holds_n_by_m(monkeypatch):
@@ -190,6 +192,25 @@ def test_a_second_backward_through_a_gradient_in_one_pass_is_refused(directions)
     (gradient,) = torch.autograd.grad(loss, lhs, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("directions", ["lhs_to_rhs", "both"])
+def test_a_retained_graph_gives_the_same_bits_again_whatever_became_of_the_first_gradient(directions):
+    leaves = [
+        torch.randn(5, 3, requires_grad=True),
+        torch.randn(5, 3, requires_grad=True),
+        torch.tensor(2.0).requires_grad_(),
+    ]
+    loss = gcl_loss(*leaves, directions=directions)
+    first = [g.clone() for g in torch.autograd.grad(loss, leaves)]
+    loss = gcl_loss(*leaves, directions=directions)
+    for times in (1, 2, 4):
+        (times * loss).backward(retain_graph=True)
+        for x, g in zip(leaves, first, strict=True):
+            assert x.grad is not None
+            assert torch.equal(x.grad, times * g)
+            x.grad.fill_(math.nan)
+            x.grad = None
 
 
 def test_several_positives_are_a_soft_target():

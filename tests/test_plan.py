@@ -129,7 +129,7 @@ def test_kept_tiles_follow_the_budget(monkeypatch):
     for budget in (1, 16, 64, 256, 1024):
         monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", str(budget))
         kept[budget] = plan.kept_tiles(p)
-    assert kept == {1: 0, 16: 0, 64: 13, 256: 61, 1024: 64}
+    assert kept == {1: 0, 16: 0, 64: 14, 256: 62, 1024: 64}
     assert plan.by_torch(p, CPU).flops == 6 * 8192**2 * 64
     monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
     assert plan.by_torch(p, CPU).flops == 8 * 8192**2 * 64
