@@ -152,7 +152,7 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert "| 512 | 51.2 s | 51.2 s | 2.00x | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
+    assert "| 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
     one = tmp_path / "one.png"
     report.draw(result | {"cells": cells[:1]}, one)
     assert not one.exists()  # one case has no curve; its table is all there is
