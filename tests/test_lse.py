@@ -281,6 +281,24 @@ def both_passes(lhs, rhs, lhs_ids=None, rhs_ids=None, need=(True, True, True), w
         torch_chunked.backward(*inputs, row, col, positive, *g, -2 * torch.ones_like(positive), *need, tile)
 
 
+def assert_rounded_last(backend, lhs, rhs):
+    """The gradients asked for in float32 are the numbers that are rounded to the inputs' dtype otherwise."""
+    inputs = lhs, rhs, torch.tensor(3.0, device=lhs.device), None, None, None
+    row, col, positive = backend.forward(*inputs, True, True)
+    upstream = torch.ones_like(row), torch.ones_like(col), -2 * torch.ones_like(positive)
+    arguments = *inputs, row, col, positive, *upstream, True, True, True
+    rounded, wide = backend.backward(*arguments), backend.backward(*arguments, dtype=torch.float32)
+    for r, w in zip(rounded[:2], wide[:2], strict=True):
+        assert (r.dtype, w.dtype) == (lhs.dtype, torch.float32)
+        assert torch.equal(r, w.to(lhs.dtype))
+        assert not torch.equal(r.float(), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_float32_of_half_precision(dtype):
+    assert_rounded_last(torch_chunked, torch.randn(40, 8).to(dtype), torch.randn(50, 8).to(dtype))
+
+
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_n_by_m_tensor_is_ever_made(ids, dtype):

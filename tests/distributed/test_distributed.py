@@ -209,11 +209,11 @@ def test_a_group_is_expected():
             function(x, x, 1.0, transport="tree")
 
 
-def no_half_precision_sums_on_rank(group):
-    """drhs of many ranks' parts that cancel: rounded one by one to bfloat16, they would leave noise."""
+def no_half_precision_sums_on_rank(group, dtype):
+    """drhs of many ranks' parts that cancel: rounded one by one to half precision, they would leave noise."""
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     g = torch.Generator().manual_seed(0)
-    lhs, rhs = (torch.randn(world * 8, 16, generator=g).bfloat16() for _ in range(2))
+    lhs, rhs = (torch.randn(world * 8, 16, generator=g).to(dtype) for _ in range(2))
     mine = slice(8 * rank, 8 * rank + 8)
     got = []
     for transport in ("all_gather", "ring"):
@@ -225,6 +225,7 @@ def no_half_precision_sums_on_rank(group):
     return [(got[0] != y.grad[mine]).sum(), (got[1] != y.grad[mine]).sum()]
 
 
-def test_parts_of_a_gradient_are_added_before_they_are_rounded(pool):
-    for counts in pool.run(4, no_half_precision_sums_on_rank):
-        assert max(counts) <= 4  # of 128: only where float32 sums in another order round across a bfloat16 boundary
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_of_a_gradient_are_added_before_they_are_rounded(pool, dtype):
+    for counts in pool.run(4, no_half_precision_sums_on_rank, dtype):
+        assert max(counts) <= 4  # of 128: only where float32 sums in another order round to the next number
