@@ -31,7 +31,8 @@ from .validation import check_choice, may_read
 TRANSPORTS = ("all_gather", "ring")
 MESSAGE_BYTES = 1024  # of one rank's part of the agreement
 
-# torch.compile breaks its graph here. (torch.compiler.disable does the same, but loads the compiler as this file is imported.)
+# torch.compile breaks its graph here: an exchange is not traced, what comes before and after it is. (torch.compiler.disable does
+# the same, but loads the compiler as this file is imported.)
 outside_compiled_graphs: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -229,3 +229,30 @@ def no_half_precision_sums_on_rank(group, dtype):
 def test_parts_of_a_gradient_are_added_before_they_are_rounded(pool, dtype):
     for counts in pool.run(4, no_half_precision_sums_on_rank, dtype):
         assert max(counts) <= 4  # of 128: only where float32 sums in another order round to the next number
+
+
+def compiled_on_rank(group):
+    """Gradients of the encoder and the scale, eager and compiled; the graphs that were compiled."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    rank = torch.distributed.get_rank(group)
+    torch.manual_seed(0)
+    encoder, scale = torch.nn.Linear(6, 4, dtype=torch.float64), torch.tensor(2.0, requires_grad=True)
+    x, y, ids = *torch.randn(2, 3 + rank, 6, dtype=torch.float64).unbind(), torch.arange(3 + rank) % 2
+
+    def loss():
+        images, texts = encoder(x), encoder(y)
+        return gcl_loss(images, texts, scale, lhs_ids=ids, rhs_ids=ids, process_group=group, transport="ring")
+
+    counter = CompileCounterWithBackend("aot_eager")  # needs no C++ compiler
+    runs = [
+        torch.autograd.grad(f(), [scale, *encoder.parameters()]) for f in (loss, torch.compile(loss, backend=counter))
+    ]
+    torch.compiler.reset()
+    return *runs, counter.frame_count
+
+
+def test_what_surrounds_the_exchange_compiles(pool):
+    for eager, compiled, graphs in pool.run(2, compiled_on_rank):
+        assert graphs >= 2
+        torch.testing.assert_close(compiled, eager)
