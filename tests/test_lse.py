@@ -262,13 +262,13 @@ class Products(TorchDispatchMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    numel = 0
+    numel = nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
+                self.numel, self.nbytes = max(self.numel, x.numel()), max(self.nbytes, x.nbytes)
         return result
 
 
