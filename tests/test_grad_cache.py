@@ -1,8 +1,10 @@
 """Gradient caching gives the gradients of encoding the whole batch at once."""
 
+import contextlib
 import subprocess
 import sys
 from collections import UserDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -152,6 +154,39 @@ def test_only_one_micro_batch_has_a_graph_at_a_time():
     assert live == 0
     gcl_loss(x, torch.randn(23, 4), 1.0).backward()
     assert (live, most) == (0, 5)
+
+
+def test_gradients_are_averaged_over_ranks_with_the_last_micro_batch_only():
+    """DistributedDataParallel decides for it in a forward, by whether that is inside ``no_sync``."""
+
+    class Averaged(nn.Linear):
+        syncs, synced = True, ()
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.syncs = False
+            yield
+            self.syncs = True
+
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                self.synced += (self.syncs,)
+            return super().forward(x)
+
+    model = Averaged(6, 4)
+    gcl_loss(grad_cache.cached(model, 4)(torch.randn(9, 6)), torch.randn(9, 4), 1.0).backward()
+    assert model.synced == (False, False, True)
+
+
+def test_a_named_tuple_stays_one():
+    class Pair(NamedTuple):
+        double: torch.Tensor
+        names: list
+
+    x = torch.randn(9, 6)
+    pair = grad_cache.cached(lambda x: Pair(2 * x, ["a", x + 1]), 4)(x)
+    assert torch.equal(pair.double, 2 * x)
+    assert torch.equal(pair.names[1], x + 1)
 
 
 def test_a_frozen_encoder_and_no_grad():
