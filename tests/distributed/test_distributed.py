@@ -1,5 +1,7 @@
 """The primitive and the losses over gloo groups of 1 to 4 ranks against the reference on the joined batch."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from gcl_kernels import GCLLoss, distributed, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels import ClipLoss, GCLLoss, distributed, gcl_loss, pairwise_logsumexp, testing
 from gcl_kernels.backends import torch_chunked
 from gcl_kernels.distributed import TRANSPORTS, first_column
 from tests.distributed import cases
@@ -232,6 +234,26 @@ def test_all_gather_holds_rhs(pool):
         assert forward == ["gather", "gather", 12, "exchange"]
         assert backward == ["gather", 12, "exchange"]
         assert all_of_rhs
+
+
+def clip_losses_on_rank(group):
+    """Entries of the largest tensor that ClipLoss makes, for each pair of flags."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_chunked, "default_tile", lambda *_: (16, 16))
+        patch.setattr(torch_chunked, "lines_at_once", lambda *_: 8)
+        for flags in itertools.product((False, True), repeat=2):
+            image, text = torch.randn(2, 60, 3, requires_grad=True).unbind()
+            with LargestTensor() as largest:
+                ClipLoss(*flags, rank=rank, world_size=world)(image, text, 2.0).backward()
+            sizes.append(largest.numel)
+    return sizes
+
+
+def test_clip_loss_makes_no_rank_hold_its_rows_by_all_columns(pool):
+    for sizes in pool.run(WORLDS[-1], clip_losses_on_rank):
+        assert max(sizes) < 60 * 240 / 2
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
