@@ -1,11 +1,12 @@
 """What a contrastive loss over many ranks costs each of them: FLOPs, bytes sent, memory.
 
 ``python -m bench.distributed`` counts on gloo groups of 2 to 4 processes here, models up to 1,024 GPUs at a batch of 4M, writes
-``bench/results/distributed.json`` and draws ``distributed.png``; ``--figure`` does all but measure.
+``bench/results/distributed.json`` and ``.txt`` and draws ``distributed.png``; ``--figure`` does all but measure.
 
 Counted, not timed: matrix products by a dispatch mode; bytes at the calls of torch.distributed (a gathering sends each rank's
 part world - 1 times, as its ring algorithm does); peak resident memory over the inputs, each rank a fresh process. The model's
-rates are assumptions, printed with it: no GPU has run this.
+rates are assumptions, printed with it: no GPU has run this. inf-cl runs on CUDA only: its rows are modelled, by the source of
+version 1.2.1 (``ring.py``, ``flash.py``), not measured.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ WORLDS = (2, 3, 4)
 
 # The model: bfloat16 embeddings, batch 4M.
 MODEL_N, MODEL_D = 4 * 2**20, 768
-MODEL_FLOPS = 400e12  # a second and GPU: 40% of an H100's dense bfloat16 peak, to hold for the loss's products
+MODEL_FLOPS = (
+    400e12  # a second and GPU: 40% of an H100's dense bfloat16 peak, to hold for the loss's products; TF32 half of it
+)
 MODEL_BANDWIDTH = 50e9  # bytes a second sent by each GPU: a 400 Gb/s link each
+ROWS_THAT_HIDE = MODEL_FLOPS / MODEL_BANDWIDTH  # 2 r² D FLOPs of a step take as long as sending r D numbers of 2 bytes
 MODEL_WORLDS = tuple(2**k for k in range(3, 11))
+RING, INF_CL = "process_group, ring", "inf-cl, ring (from its source)"
 
 
 def ours(transport: str) -> Callable[..., Any]:
@@ -57,7 +62,7 @@ def open_clip(**flags: bool) -> Callable[..., Any]:
 
 METHODS: dict[str, Callable[..., Any]] = {
     "process_group, all_gather": ours("all_gather"),
-    "process_group, ring": ours("ring"),
+    RING: ours("ring"),
     "our ClipLoss, default": lambda rank, world: ClipLoss(rank=rank, world_size=world),
     "open_clip, default": open_clip(),
     "open_clip, local_loss + gather_with_grad": open_clip(local_loss=True, gather_with_grad=True),
@@ -158,12 +163,13 @@ def model(method: str, world: int) -> dict:
     """FLOPs and bytes of one rank by formula, and seconds at the assumed rates."""
     n, d = MODEL_N, MODEL_D
     plane, side = n * n * d, n * d * (world - 1) / world
+    own = n * d / world  # numbers a rank holds of a side; what goes round the ring home again is sent once more
     # (FLOPs forward, backward), (bytes forward, backward), overlapped, bytes of memory
     forms = {
-        # rhs and its gradient's parts in 2 bytes; memory: rhs, its gradient in float32, in 2 bytes, and as it arrives
-        "process_group, all_gather": ((2 * plane / world, 6 * plane / world), (2 * side, 2 * side), False, 10 * n * d),
-        # rhs twice, and its gradient in 4 bytes; memory: two blocks of rhs, four of gradients
-        "process_group, ring": ((2 * plane / world, 6 * plane / world), (2 * side, 6 * side), True, 20 * n * d / world),
+        # rhs in 2 bytes, its gradient's parts in 4; memory: rhs, its gradient, and the others' parts of one's own
+        "process_group, all_gather": ((2 * plane / world, 6 * plane / world), (2 * side, 4 * side), False, 10 * n * d),
+        # rhs twice, its gradient once more round; memory: two blocks of rhs, four of gradients
+        RING: ((2 * plane / world, 6 * plane / world), (2 * side, 6 * side + 4 * own), True, 20 * own),
         # logits, their softmax and its gradient, twice
         "open_clip, default": ((2 * plane, 4 * plane), (4 * side, 0), False, 6 * 2 * n * n),
         "open_clip, local_loss + gather_with_grad": (
@@ -172,16 +178,18 @@ def model(method: str, world: int) -> dict:
             False,
             6 * 2 * n * n / world,
         ),
-        # 20 N^2 D is counted from its source, not measured; its bytes are taken as those of one ring a direction
-        "inf-cl, ring (counted from source)": (
+        # each direction: a pass of 2, gradients of 4 and 4; everything is cast to float32 first, so that 4 bytes travel: keys
+        # twice, their gradient once more round. Memory: both directions' two sides, four blocks of keys, eight of gradients
+        INF_CL: (
             (4 * plane / world, 16 * plane / world),
-            (4 * side, 12 * side),
+            (8 * side, 16 * side + 8 * own),
             True,
-            40 * n * d / world,
+            64 * own,
         ),
     }
     flops, sent, overlapped, memory = forms[method]
-    compute, travel = [f / MODEL_FLOPS for f in flops], [b / MODEL_BANDWIDTH for b in sent]
+    rate = MODEL_FLOPS / 2 if method == INF_CL else MODEL_FLOPS  # its products are TF32
+    compute, travel = [f / rate for f in flops], [b / MODEL_BANDWIDTH for b in sent]
     join = max if overlapped else sum
     return {
         "method": method,
@@ -197,10 +205,10 @@ def model(method: str, world: int) -> dict:
 
 MODELLED = (
     "process_group, all_gather",
-    "process_group, ring",
+    RING,
     "open_clip, default",
     "open_clip, local_loss + gather_with_grad",
-    "inf-cl, ring (counted from source)",
+    INF_CL,
 )
 
 
@@ -217,17 +225,27 @@ def table(result: dict) -> str:
     lines += [
         "",
         f"Model, not measured: N = 4M, D = {MODEL_D}, bfloat16, {MODEL_FLOPS / 1e12:.0f} TFLOP/s and "
-        f"{MODEL_BANDWIDTH / 1e9:.0f} GB/s a GPU; seconds = compute + communication, for a ring the larger of both in each pass",
+        f"{MODEL_BANDWIDTH / 1e9:.0f} GB/s a GPU; seconds = compute + communication, for a ring the larger of both in each pass; "
+        "inf-cl, which casts to float32, at half the rate (TF32)",
         "",
-        "| per GPU | GPUs | compute, s | communication, s | a step, s | memory, GB |",
-        "|---|---|---|---|---|---|",
+        "| per GPU | GPUs | FLOPs, x N²D/GPUs | sent, GB | memory, GB | compute, s | communication, s | a step, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in result["model"]:
         if r["world"] in (64, 256, 1024):
             lines.append(
-                f"| {r['method']} | {r['world']:,} | {r['compute_s']:.3g} | {r['communication_s']:.3g} | {r['seconds']:.3g} | "
-                f"{r['memory_bytes'] / 1e9:.3g} |"
+                f"| {r['method']} | {r['world']:,} | {r['flops'] * r['world'] / (MODEL_N**2 * MODEL_D):.0f} | "
+                f"{r['sent_bytes'] / 1e9:.3g} | {r['memory_bytes'] / 1e9:.3g} | {r['compute_s']:.3g} | "
+                f"{r['communication_s']:.3g} | {r['seconds']:.3g} |"
             )
+    lines += [
+        "",
+        f"A ring's sends hide behind products while a GPU holds more than rate / bandwidth = {ROWS_THAT_HIDE:,.0f} rows, here up "
+        f"to {MODEL_N / ROWS_THAT_HIDE:.0f} GPUs.",
+        "It sends 8 bytes a number of a side; all_gather sends 6 and hides none. So the ring is faster, and smaller, down to a",
+        f"quarter of those rows ({4 * MODEL_N / ROWS_THAT_HIDE:,.0f} GPUs); all_gather where a GPU holds fewer, or where latency",
+        "counts, which the model does not know: a ring waits for it at each step.",
+    ]
     return "\n".join(lines)
 
 
@@ -255,7 +273,7 @@ def draw(result: dict, path: Path) -> None:
     for method, colour in zip(MODELLED, colours, strict=True):
         rows = [r for r in result["model"] if r["method"] == method]
         right.plot([r["world"] for r in rows], [r["seconds"] for r in rows], "o-", ms=3, color=colour, label=method)
-    rows = [r for r in result["model"] if r["method"] == "process_group, ring"]
+    rows = [r for r in result["model"] if r["method"] == RING]
     right.plot(
         [r["world"] for r in rows],
         [r["communication_s"] for r in rows],
@@ -263,10 +281,10 @@ def draw(result: dict, path: Path) -> None:
         color="grey",
         label="the ring's communication",
     )
-    right.axvline(MODEL_N * MODEL_BANDWIDTH / MODEL_FLOPS, color="grey", lw=0.8, ls="--")
+    right.axvline(MODEL_N / ROWS_THAT_HIDE, color="grey", lw=0.8, ls="--")
     right.annotate(
-        " N x bandwidth / rate:\n communication\n overtakes compute",
-        (MODEL_N * MODEL_BANDWIDTH / MODEL_FLOPS, 40),
+        f"{ROWS_THAT_HIDE:,.0f} rows a GPU\n(rate / bandwidth): \ncommunication \novertakes compute ",
+        (MODEL_N / ROWS_THAT_HIDE, 25),
         fontsize=8,
         ha="right",
     )
@@ -307,6 +325,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, RESULTS / "distributed.png")
+    (RESULTS / "distributed.txt").write_text(table(result) + "\n")
     print(table(result))
 
 

@@ -31,7 +31,8 @@ from .validation import check_choice, may_read
 TRANSPORTS = ("all_gather", "ring")
 MESSAGE_BYTES = 1024  # of one rank's part of the agreement
 
-# torch.compile breaks its graph here. (torch.compiler.disable does the same, but loads the compiler as this file is imported.)
+# torch.compile breaks its graph here: an exchange is not traced, what comes before and after it is. (torch.compiler.disable does
+# the same, but loads the compiler as this file is imported.)
 outside_compiled_graphs: Any = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -381,13 +382,14 @@ class _Statistics(torch.autograd.Function):
             lines = torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
             col, g_col = gather(lines, ranks.cols, ranks.group, "the all-gather of col and its gradient").unbind(1)
 
-        wide_lhs, dlhs, drhs = widened(lhs), None, None
+        wide = torch.promote_types(lhs.dtype, torch.float32)  # of parts, which are rounded once they are added up
+        dlhs = drhs = None
         dscale = torch.zeros((), dtype=row.dtype, device=lhs.device)
         homebound: Shift | None = None
         for owner, cols, block in [(None, slice(0, ranks.m), rhs)] if not ring else around_the_ring(rhs, ranks):
             dlhs_part, drhs_part, dscale_part = backward(
-                wide_lhs,
-                widened(block),
+                lhs,
+                block,
                 logit_scale,
                 labels_within(labels, cols),
                 lhs_ids,
@@ -401,18 +403,17 @@ class _Statistics(torch.autograd.Function):
                 need_lhs,
                 need_rhs,
                 need_scale,
+                dtype=wide,
             )
             if need_lhs:
-                dlhs = at_least_float32(dlhs_part) if dlhs is None else dlhs.add_(dlhs_part)
+                dlhs = dlhs_part if dlhs is None else dlhs.add_(dlhs_part)
             if need_scale:
                 dscale += dscale_part
             if need_rhs and owner is None:
                 parts = bring_home(drhs_part, ranks.cols, ranks.group, ranks.rank, "the exchange of gradients of rhs")
-                drhs = at_least_float32(parts).sum(dim=0)
+                drhs = parts.sum(dim=0)
             elif need_rhs and owner is not None:
-                drhs = at_least_float32(drhs_part)
-                if homebound is not None:
-                    drhs += homebound.wait()
+                drhs = drhs_part if homebound is None else drhs_part.add_(homebound.wait())
                 homebound = Shift(drhs, ranks.cols[owner - 1], ranks, "the ring of gradients of rhs")
         if homebound is not None:
             drhs = homebound.wait()
@@ -439,13 +440,3 @@ def around_the_ring(rhs: Tensor, ranks: Ranks) -> Iterator[tuple[int, slice, Ten
 def labels_within(labels: Tensor, cols: slice) -> Tensor:
     """Labels counted from the block's first column; -1 for those outside."""
     return torch.where((labels >= cols.start) & (labels < cols.stop), labels - cols.start, -1)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Half precision as float32 off the GPU, where the products are float32 anyway: each rank's part of a gradient is then not
-    rounded before the parts are added up."""
-    return x if x.device.type == "cuda" else at_least_float32(x)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -53,7 +53,8 @@ def pairwise_logsumexp(
             rhs, in any numbers, with their ids, and gets its own row, col and positive back, over all ranks' columns and rows.
             The default label of row i is its rank's column i; ``labels`` count the columns of all ranks' rhs in rank order
             (``gcl_kernels.distributed.first_column``). Ids are compared across ranks. Every rank must call, and run the
-            backward; gradients are those of the sum of all ranks' losses.
+            backward; gradients are those of the sum of all ranks' losses. ``torch.compile`` breaks its graph at the exchanges
+            (``fullgraph=True`` is refused).
         transport: of rhs, ``"all_gather"`` (whole on every rank) or ``"ring"`` (one rank's rows at a time, while they are used).
         backend: ``"torch"``, ``"triton"`` or None, which takes Triton for CUDA/HIP tensors (float64 excepted) where
             it can be imported.

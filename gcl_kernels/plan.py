@@ -211,10 +211,16 @@ def triton_memory(p: Problem, chip: Chip) -> float:
     partials = 8 * (chunk * launch.cdiv(p.m, config.forward.cols) + p.m * launch.cdiv(chunk, config.forward.rows))
     rows, cols = launch.gradient_chunk(p.n, p.m, config.backward, p.s)
     tile_of_g = rows * launch.round_up(cols, 64) * p.s
-    accumulators = p.n * p.d * p.s + 4 * p.m * d + 4 * rows * d
-    drhs = p.m * p.d * p.s if d != p.d or p.s != 4 else 0  # in its own dtype, at the end
+    s = p.s if p.world_size == 1 else 4  # ranks add up their parts of a gradient in float32
+    accumulators = p.n * p.d * s + 4 * p.m * d + 4 * rows * d
+    drhs = p.m * p.d * s if d != p.d or s != 4 else 0  # in its own dtype, at the end
     backward = tile_of_g + accumulators + max(4 * rows * d, drhs)
-    return p.gathered + copies + vectors + max(partials, backward - gradients(p))
+    return p.gathered + copies + vectors + max(partials, max(backward, exchanged_gradients(p)) - gradients(p))
+
+
+def exchanged_gradients(p: Problem) -> float:
+    """Bytes of dlhs, of this rank's parts of drhs and of what the others' parts become; all_gather."""
+    return 0.0 if p.world_size == 1 else 4.0 * p.n * p.d + 2 * 4.0 * p.m * p.d
 
 
 def gradients(p: Problem) -> float:
@@ -280,6 +286,7 @@ def torch_memory(p: Problem) -> float:
         "the first tile of G": kept * tile + buffers + 2 * rows + widened,
         "a chunk of rows later, all of drhs is there": left * tile + buffers + drhs + 2 * rows + widened,
         "both gradients are": (tile if all_kept else rows) + buffers + dlhs + drhs + widened + max(rows, rounded),
+        "the ranks' parts arrive": exchanged_gradients(p),
         # made beside the forward, they are multiplied by the upstream gradient
         "they leave": 2.0 * (p.n + p.m) * p.d * p.s if kept else 0.0,
     }

@@ -262,13 +262,13 @@ class Products(TorchDispatchMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    numel = 0
+    numel = nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
+                self.numel, self.nbytes = max(self.numel, x.numel()), max(self.nbytes, x.nbytes)
         return result
 
 
@@ -279,6 +279,24 @@ def both_passes(lhs, rhs, lhs_ids=None, rhs_ids=None, need=(True, True, True), w
     if any(need):
         g = torch.ones_like(row) if want[0] else None, torch.ones_like(col) if want[1] else None
         torch_chunked.backward(*inputs, row, col, positive, *g, -2 * torch.ones_like(positive), *need, tile)
+
+
+def assert_rounded_last(backend, lhs, rhs):
+    """The gradients asked for in float32 are the numbers that are rounded to the inputs' dtype otherwise."""
+    inputs = lhs, rhs, torch.tensor(3.0, device=lhs.device), None, None, None
+    row, col, positive = backend.forward(*inputs, True, True)
+    upstream = torch.ones_like(row), torch.ones_like(col), -2 * torch.ones_like(positive)
+    arguments = *inputs, row, col, positive, *upstream, True, True, True
+    rounded, wide = backend.backward(*arguments), backend.backward(*arguments, dtype=torch.float32)
+    for r, w in zip(rounded[:2], wide[:2], strict=True):
+        assert (r.dtype, w.dtype) == (lhs.dtype, torch.float32)
+        assert torch.equal(r, w.to(lhs.dtype))
+        assert not torch.equal(r.float(), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_float32_of_half_precision(dtype):
+    assert_rounded_last(torch_chunked, torch.randn(40, 8).to(dtype), torch.randn(50, 8).to(dtype))
 
 
 @pytest.mark.parametrize("ids", [False, True])

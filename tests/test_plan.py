@@ -68,7 +68,7 @@ def test_triton_as_its_launch_code_does(n, m, d, dtype):
 
 
 @needs_triton
-def test_ranks_share_the_work_and_hold_all_columns():
+def test_ranks_share_the_work_and_hold_all_columns(monkeypatch):
     one, eight = (Problem.of_batch(65_536, 768, "bf16", world_size) for world_size in (1, 8))
     assert plan.ours(eight, H200).flops == plan.ours(one, H200).flops / 8 == 65_536**2 * 768
     assert plan.dense(eight, H200).flops == 12 * 65_536**2 * 768 / 8
@@ -78,10 +78,11 @@ def test_ranks_share_the_work_and_hold_all_columns():
     assert plan.ours(one, H200).totals(H200)["link"] == 0
     dense_link = plan.dense(eight, H200).totals(H200)["link"]  # both sides are gathered, their gradients in bfloat16
     assert dense_link == pytest.approx((2 * 7 / 8 * 65_536 * 768 * (2 + 2) + 16 * 65_536) / (450e9 * 0.8))
-    # beside the rows' share: the columns of others, and their gradient in float32
-    rows_alone = plan.ours(Problem(8192, 65_536, 768, "bf16"), H200).extra_memory
-    more = plan.ours(eight, H200).extra_memory - rows_alone
-    assert more == pytest.approx(2 * eight.gathered)
+    # where tiles take next to nothing: the columns of others, and, beside the gradients that are a result, dlhs, drhs and the
+    # others' parts of it in float32
+    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "16")
+    held = (7 / 8 * 2 + (4 - 2) / 8 + 4 + 4 - 2 / 8) * 65_536 * 768
+    assert plan.ours(eight, H200).extra_memory == pytest.approx(held, rel=0.03)
 
 
 @given(

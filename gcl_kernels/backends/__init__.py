@@ -7,9 +7,10 @@
     tensor. Row or column with nothing visible: -inf. Positive of label -1: 0.
 
 ``backward(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, row, col, positive, g_row, g_col, g_positive, need_lhs,
-need_rhs, need_scale) -> (dlhs, drhs, dscale)``
+need_rhs, need_scale, *, dtype=None) -> (dlhs, drhs, dscale)``
     row, col and positive as the forward returned them; g_row (N,), g_col (M,), g_positive (N, P) or None where zero.
-    dlhs, drhs in the input dtype, dscale 0-d in logit_scale's dtype; a gradient not needed is an empty tensor.
+    dlhs, drhs in ``dtype``, None for the inputs': float32 for one who has parts of a gradient to add up and round once.
+    dscale 0-d in logit_scale's dtype; a gradient not needed is an empty tensor.
 
 A third function makes 6 N M D of 8 where it can:
 

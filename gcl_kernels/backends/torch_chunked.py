@@ -86,11 +86,13 @@ def backward(
     need_rhs: bool,
     need_scale: bool,
     tile: tuple[int, int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends``: G is formed tile by tile and multiplied by rhs and by lhs."""
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, tile)
     upstream = g_row, g_col, g_positive
-    return gradient_pass(p, row, col, positive, upstream, (need_lhs, need_rhs, need_scale), logit_scale, None)
+    return gradient_pass(p, row, col, positive, upstream, (need_lhs, need_rhs, need_scale), logit_scale, dtype=dtype)
 
 
 def forward_with_gradient(
@@ -197,7 +199,8 @@ def gradient_pass(
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
     need: tuple[bool, bool, bool],
     logit_scale: Tensor,
-    kept: Kept | None,
+    kept: Kept | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, norm = p.normalized(*upstream)
     softmaxes = Softmaxes.of(p, row, col, g[0], g[1])
@@ -216,7 +219,7 @@ def gradient_pass(
                 gradient = softmaxes.gradient_tile(p, p.logits(x, rows, cols), rows, cols)
             p.write_positives(gradient, rows, cols, entry)
             gradients.add(gradient, rows, cols)
-    return gradients.finish(logit_scale, norm)
+    return gradients.finish(logit_scale, norm, dtype)
 
 
 def row_reference(s2: Tensor) -> Tensor | None:
@@ -306,7 +309,9 @@ class Gradients:
         if self.drhs is not None:
             add_product(self.drhs[cols], gradient.t(), self.p.lhs[rows].to(self.p.operand), first=rows.start == 0)
 
-    def finish(self, logit_scale: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(
+        self, logit_scale: Tensor, norm: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         p, kind = self.p, self.p.statistics
         dscale = logit_scale.new_zeros((), dtype=kind)
         if self.need_scale:
@@ -316,7 +321,7 @@ class Gradients:
                 dscale += (product[rows] * side[rows]).sum(dim=1).sum(dtype=kind)
         if norm is not None:
             logit_scale, dscale = logit_scale * norm.to(logit_scale), dscale * norm
-        dtype = p.lhs.dtype
+        dtype = p.lhs.dtype if dtype is None else dtype
         return (
             self.dlhs.mul_(logit_scale).to(dtype) if self.need_lhs and self.dlhs is not None else p.lhs.new_empty(0),
             self.drhs.mul_(logit_scale).to(dtype) if self.drhs is not None else p.lhs.new_empty(0),

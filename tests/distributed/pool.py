@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 WORLDS = (1, 2, 3, 4)
+EXCHANGE_TIMEOUT, ANSWER_TIMEOUT = 30, 120  # seconds
 
 # Ranks are forked from one process that has imported what they need: importing costs more than the tests do.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -36,16 +37,25 @@ class Pool:
         for pipe in self.pipes[:world]:
             pipe.send_bytes(pickle.dumps((world, function, arguments)))
         # all answers before the first failure is told, so that the next case finds the pool in step
-        answers = [pickle.loads(pipe.recv_bytes()) for pipe in self.pipes[:world]]
+        answers = [self.answer(rank) for rank in range(world)]
         for ok, answer in answers:
             if not ok:
                 raise AssertionError(answer)
         return [answer for _, answer in answers]
 
+    def answer(self, rank):
+        if not self.pipes[rank].poll(ANSWER_TIMEOUT):
+            for process in self.processes:
+                process.kill()
+            raise AssertionError(
+                f"rank {rank} has not answered within {ANSWER_TIMEOUT} s; no case after this one can run"
+            )
+        return pickle.loads(self.pipes[rank].recv_bytes())
+
     def close(self):
-        for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps(None))
-        for process in self.processes:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send_bytes(pickle.dumps(None))
             process.join()
         self.folder.cleanup()
 
@@ -57,7 +67,7 @@ def _serve(rank, path, pipe):
         init_method=f"file://{path}",
         rank=rank,
         world_size=WORLDS[-1],
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=EXCHANGE_TIMEOUT),
     )
     groups = {world: dist.new_group(range(world)) for world in WORLDS}
     while (task := pickle.loads(pipe.recv_bytes())) is not None:

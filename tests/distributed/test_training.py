@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gcl_kernels import GCLLoss, grad_cache
+from gcl_kernels import GCLLoss, gcl_loss, grad_cache
 from gcl_kernels.training.openclip import import_open_clip
 
 ROWS = (3, 5, 4)
@@ -55,3 +55,28 @@ def test_five_steps_on_three_ranks(pool, of_one_process, transport, micro_batch_
         for name, p in parameters.items():
             # A key's bias has no gradient but rounding, of 1e-17, which AdamW lifts to some 1e-10 of a step of 1e-3.
             torch.testing.assert_close(p, of_one_process[name], rtol=1e-9, atol=1e-9, msg=lambda m, k=name: f"{k}: {m}")
+
+
+class TwoResults(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.used(x), self.unused(x)
+
+
+def two_steps_on_rank(group):
+    module = TwoResults()
+    encode = grad_cache.cached(torch.nn.parallel.DistributedDataParallel(module, process_group=group), 2)
+    for _ in range(2):
+        y, _ = encode(torch.randn(5, 6))
+        gcl_loss(y, torch.randn(5, 4), 1.0, process_group=group).backward()
+    return module.used.weight.grad, module.unused.weight.grad
+
+
+def test_a_result_that_the_loss_does_not_use(pool):
+    """DistributedDataParallel refuses the second step where a parameter has had no gradient in the first."""
+    for used, unused in pool.run(2, two_steps_on_rank):
+        assert used.any()
+        assert not unused.any()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcl_kernels import backends, pairwise_logsumexp, testing
+from tests.test_lse import assert_rounded_last
 
 from .common import DTYPES, NAMES, assert_as_accurate, build, configs, run, triton, use
 from .conftest import DEVICE
@@ -120,6 +121,13 @@ def test_what_is_not_wanted_is_not_there(problem, config, want, need, with_posit
         assert value.shape == whole.shape
         if needed:
             torch.testing.assert_close(value, whole, rtol=2e-4, atol=2e-4 * float(whole.abs().max()) + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [16, 33])  # as it is, and padded
+def test_gradients_in_float32_of_half_precision(dtype, d):
+    lhs, rhs = (torch.randn(n, d, device=DEVICE).to(dtype) for n in (17, 65))
+    assert_rounded_last(backends.load("triton"), lhs, rhs)
 
 
 def in_one_pass(batch, by_row, config):

@@ -5,7 +5,7 @@ import torch
 
 from gcl_kernels import gcl_loss
 
-from .conftest import DEVICE
+from .conftest import DEVICE, INTERPRETED
 
 # what a tile computes past the end, from repeated rows and padding, is dropped
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -31,6 +31,31 @@ def test_compiles_to_one_graph(directions):
     actual = torch.autograd.grad(compiled(x, y, scale), [scale, *encoder.parameters()])
     torch.testing.assert_close(actual, expected)
     torch.compiler.reset()
+
+
+def gradients_on_rank(rank):
+    """Of one rank's half of a bfloat16 batch, by each transport, and of all of it by one process."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(16, 8, generator=g).bfloat16() for _ in range(2))
+    own = slice(8 * rank, 8 * rank + 8)
+    got = []
+    for rows, group in ((own, "all_gather"), (own, "ring"), (slice(None), None)):
+        inputs = [v[rows].clone().requires_grad_() for v in (x, y)]
+        options = {} if group is None else {"process_group": torch.distributed.group.WORLD, "transport": group}
+        gcl_loss(*inputs, 2.0, backend="triton", **options).backward()
+        got.append([(v.grad if group else 2 * v.grad[own]).tolist() for v in inputs])
+    return got
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="gloo moves CPU tensors")
+def test_over_a_process_group(two_ranks):
+    """Parts of a gradient are added up in float32: some last digits differ, which float32 adds up in another order."""
+    for *transports, one_process in two_ranks(gradients_on_rank):
+        for gradients in transports:
+            for actual, expected in zip(gradients, one_process, strict=True):
+                actual, expected = torch.tensor(actual), torch.tensor(expected)
+                assert (actual != expected).sum() <= 2  # of 64
+                torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
 
 
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA or HIP device")

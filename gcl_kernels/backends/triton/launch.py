@@ -113,6 +113,8 @@ def backward(
     need_rhs: bool,
     need_scale: bool,
     config: Config | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``backends``. One chunk of G at a time: dlhs = scale G rhs, drhs = scale G^T lhs, dscale = <G, lhs rhs^T>."""
     p = Problem.of(lhs, rhs, logit_scale, labels, lhs_ids, rhs_ids, config)
@@ -126,7 +128,8 @@ def backward(
     # <G, lhs rhs^T> = <G rhs, lhs> = <G^T lhs, rhs>: the scale's gradient costs O((N + M) D) once either product is there.
     with_lhs = need_lhs or (need_scale and not need_rhs)
     outer = logit_scale if norm is None else logit_scale * norm.to(logit_scale)
-    dlhs = lhs.new_empty(lhs.shape if need_lhs else 0)
+    dtype = lhs.dtype if dtype is None else dtype
+    dlhs = lhs.new_empty(lhs.shape if need_lhs else 0, dtype=dtype)
     dscale = logit_scale.new_zeros((), dtype=torch.float64)
     drhs = p.rhs.new_zeros(p.rhs.shape, dtype=torch.float32) if need_rhs else None
     stored = torch.float32 if INTERPRETED else lhs.dtype  # the interpreter's bfloat16 rounding is faulty
@@ -174,7 +177,7 @@ def backward(
     nothing = lhs.new_empty(0)
     return (
         dlhs,
-        nothing if drhs is None else drhs.mul_(outer)[:, : p.d].to(rhs.dtype, memory_format=torch.contiguous_format),
+        nothing if drhs is None else drhs.mul_(outer)[:, : p.d].to(dtype, memory_format=torch.contiguous_format),
         dscale.to(logit_scale) if need_scale else logit_scale.new_empty(0),
     )
 
