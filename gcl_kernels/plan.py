@@ -287,8 +287,6 @@ def torch_memory(p: Problem) -> float:
         "a chunk of rows later, all of drhs is there": left * tile + buffers + drhs + 2 * rows + widened,
         "both gradients are": (tile if all_kept else rows) + buffers + dlhs + drhs + widened + max(rows, rounded),
         "the ranks' parts arrive": exchanged_gradients(p),
-        # made beside the forward, they are multiplied by the upstream gradient
-        "they leave": 2.0 * (p.n + p.m) * p.d * p.s if kept else 0.0,
     }
     always = p.gathered + VECTOR_BYTES_A_LINE["torch"] * (p.n + p.m) + packing_bytes(p.d)
     return always + max(moments.values()) - gradients(p)
