@@ -7,6 +7,7 @@ which is a result: it stands in the peer's cell. A name with a colon, ``module:f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -65,13 +66,17 @@ def ours(case: Case) -> Loss:
     return loss
 
 
+def open_clip_module() -> Any:
+    from gcl_kernels.training.openclip import import_open_clip  # needs Pillow too
+
+    return import_open_clip()
+
+
 def open_clip(case: Case) -> Loss:
     plain_pairs(case)
     require(case.directions == "both", "has both directions only")
     try:
-        from gcl_kernels.training.openclip import import_open_clip
-
-        clip = import_open_clip().ClipLoss()
+        clip = open_clip_module().ClipLoss()
     except Exception as error:
         raise Unsupported(f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
     return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
@@ -176,6 +181,8 @@ def sentence_transformers(case: Case) -> Loss:
     constant."""
     plain_pairs(case)
     require(case.directions != "rhs_to_lhs", "both directions, or lhs to rhs")
+    with contextlib.suppress(Exception):
+        open_clip_module()  # transformers imports torchvision, which beside CPU-only torch can be imported only after this
     losses = package("sentence_transformers", "sentence_transformers.losses")
     utilities = package("sentence_transformers", "sentence_transformers.util")
     options: dict[str, Any] = {"scale": case.logit_scale, "similarity_fct": utilities.dot_score}
