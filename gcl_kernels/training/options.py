@@ -173,7 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     train = parser.add_argument_group("training")
-    train.add_argument("--model", default=TINY_MODEL, help="any open_clip model name")
+    train.add_argument("--model", default=TINY_MODEL, help="any open_clip model name, or a model configuration NAME.json")
     train.add_argument("--pretrained", help="open_clip's tag or a checkpoint file; default: random weights")
     train.add_argument("--context-length", type=positive(int), help="text tokens; default: the model's own")
     train.add_argument("--batch-size", type=positive(int), default=512, help="rows of a process and step")
@@ -183,7 +183,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="open_clip's name for it: a step has K times --batch-size rows, encoded --batch-size at a time",
                        )  # fmt: skip
     train.add_argument("--epochs", type=positive(int), default=10)
-    train.add_argument("--steps", type=positive(int), help="number of batches in all, instead of --epochs")
+    train.add_argument("--steps", type=whole, help="number of batches in all, instead of --epochs; 0: only evaluate")
     train.add_argument("--lr", type=positive(float), default=5e-4)
     train.add_argument("--wd", type=float, default=0.2)
     train.add_argument("--beta1", type=float, default=0.9)

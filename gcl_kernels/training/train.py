@@ -163,7 +163,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     sampler = Sampler(
         used, batch_size, seed=args.seed, least=group.world, ids=ids[used] if args.false_negatives == "avoid" else None
     )
-    steps = args.steps or args.epochs * sampler.batches_per_epoch
+    steps = args.epochs * sampler.batches_per_epoch if args.steps is None else args.steps
     warmup = min(args.warmup, steps // 10)
 
     # ---- model
@@ -172,11 +172,8 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
         args.model, pretrained=args.pretrained, context_length=args.context_length, device=device
     )
     encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.workers)
-    if args.lock_image:
-        model.lock_image_tower()
-    if args.lock_text:
-        model.lock_text_tower()
-    freeze_what_no_field_uses(model, {*left_kinds.values(), *right_kinds.values()})
+    locked = {kind for kind, lock in (("img", args.lock_image), ("txt", args.lock_text)) if lock}
+    freeze_all_but(model, {*left_kinds.values(), *right_kinds.values()} - locked)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.torchcompile:
@@ -428,8 +425,11 @@ def due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def freeze_what_no_field_uses(model: Any, kinds: set[str]) -> None:
-    """A tower without a field, or a bias of another loss, gets no gradient; processes would wait for it."""
+def freeze_all_but(model: Any, kinds: set[str]) -> None:
+    """Freeze the towers of other kinds, whole: open_clip's own lock leaves the projection of a Hugging Face tower.
+
+    A tower without a field, or the bias of another loss, gets no gradient; processes would wait for it.
+    """
     for name, weight in model.named_parameters():
         tower = "img" if name.startswith("visual.") else "txt"
         if name == "logit_bias" or (name != "logit_scale" and tower not in kinds):
