@@ -172,8 +172,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cross-field-loss", action="store_true", help="add the mean of the loss over all pairs of fields"
     )
 
+    loss.add_argument("--logit-scale", type=positive(float), metavar="X", help="at the start; default: the model's own")
+    loss.add_argument(
+        "--logit-scale-max", type=positive(float), default=100.0, metavar="X", help="it is kept at or below"
+    )
+
     train = parser.add_argument_group("training")
-    train.add_argument("--model", default=TINY_MODEL, help="any open_clip model name, or a model configuration NAME.json")
+    train.add_argument(
+        "--model", default=TINY_MODEL, help="any open_clip model name, or a model configuration NAME.json"
+    )
     train.add_argument("--pretrained", help="open_clip's tag or a checkpoint file; default: random weights")
     train.add_argument("--context-length", type=positive(int), help="text tokens; default: the model's own")
     train.add_argument("--batch-size", type=positive(int), default=512, help="rows of a process and step")
@@ -250,6 +257,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.csv_separator = str({"\\t": "\t", "tab": "\t"}.get(args.csv_separator, args.csv_separator))
         if len(args.csv_separator) != 1:
             parser.error(f"--csv-separator: expected one character, got '{args.csv_separator}'")
+    if args.dry_run and args.steps == 0:
+        parser.error("--dry-run: expected --steps > 0, got 0")
     if args.best_metric and not args.val_data:
         parser.error("--best-metric: expected --val-data to measure it on, got none")
     if unknown := set(filter(None, args.report_to.split(","))) - {"tensorboard", "wandb"}:
