@@ -181,24 +181,24 @@ def variants(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cells that are missing, seed by seed, and write the report after each."""
+    """Run the cells that are missing, and write the report after each seed."""
     args = parse_args(argv)
     files = {name: DATA[name].files(source, args.out / "data" / name) for name, source in args.data}
-    # All variants of a seed before the next seed: what is there at any time is a fair comparison.
-    cells = [(name, variant, seed) for seed in range(args.seeds) for name, _ in args.data for variant in variants(args)]
     failed = []
-    progress = tqdm([] if args.report_only else cells, unit="cell")
-    for name, variant, seed in progress:
-        progress.set_postfix_str(f"{name} {variant} seed {seed}")
-        if not results_file(args.out, name, variant, seed).exists() and not run_cell(
-            args, name, variant, seed, files[name]
-        ):
-            failed.append((name, variant, seed))
+    # All variants of a seed before the next seed: what is there at any time is a fair comparison.
+    for seed in () if args.report_only else range(args.seeds):
+        cells = [(name, variant) for name, _ in args.data for variant in variants(args)]
+        progress = tqdm(cells, desc=f"seed {seed}", unit="cell")
+        for name, variant in progress:
+            progress.set_postfix_str(f"{name} {variant}")
+            results = results_file(args.out, name, variant, seed)
+            if not results.exists() and not run_cell(args, name, variant, seed, files[name]):
+                failed.append(results.with_name("log.txt"))
         write_report(args, files)
     write_report(args, files)
-    print(f"{args.report}: {len(cells) - len(failed)} cells")
-    for name, variant, seed in failed:
-        print(f"failed: see {results_file(args.out, name, variant, seed).with_name('log.txt')}", file=sys.stderr)
+    print(args.report)
+    for log in failed:
+        print(f"failed: see {log}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -254,6 +254,9 @@ def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[s
         "- *difference* is the mean of the paired differences to the baseline, each query's values averaged over the seeds, with",
         "  its 95% bootstrap interval over queries, and *relative* the same over the mean of the baseline.",
         "- *p* is Fisher's paired randomisation test over queries, two-sided, not corrected for the number of rows.",
+        "- *Effective rows* of a batch are (Σ w)² / Σ w². Documents of *little weight* are those whose best pair weighs less",
+        f"  than {LITTLE:g} of the mean pair. Repeated queries and documents, kept as negatives, leave the loss a *floor*;",
+        "  *loss* is the mean over the last tenth of the steps, *logit scale* the last one.",
     ]
     for comparison in args.compare:
         summary = summary_table(args, files, comparison)
@@ -351,10 +354,6 @@ def split_table(args: argparse.Namespace, name: str, comparison: Sequence[str], 
 def batch_table(args: argparse.Namespace, name: str, comparison: Sequence[str], files: Files) -> list[str]:
     """What each variant makes of the batches, and where its loss ends."""
     rows = [
-        "*Effective rows* of a batch are (Σ w)² / Σ w². *Little weight* have documents whose best pair weighs less than "
-        f"{LITTLE:g} of the mean pair. The *floor* of the loss is what repeated queries and documents, kept as negatives, leave "
-        "it at least; the *loss* is the mean of the last tenth of the steps.",
-        "",
         "| variant | rows of a batch | effective rows | documents of little weight | floor | loss | logit scale |",
         "|---" * 7 + "|",
     ]
@@ -365,12 +364,12 @@ def batch_table(args: argparse.Namespace, name: str, comparison: Sequence[str], 
         facts = batch_statistics(training_options.parse_args(run_argv(args, name, variant, seeds[0], files)))
         cells = [json.loads(results_file(args.out, name, variant, seed).read_text()) for seed in seeds]
         losses = [np.mean(cell["loss"][-max(1, len(cell["loss"]) // 10) :]) for cell in cells if cell["loss"]]
-        loss = f"{np.mean(losses):.3f}" if losses else ""
+        loss = f"{np.mean(losses):.2f}" if losses else ""
         scales = [cell["logit_scale"] for cell in cells if "logit_scale" in cell]
         scale = f"{np.mean(scales):.1f}" if scales else ""
         rows.append(
             f"| {variant} | {facts.rows:.0f} | {facts.effective_rows:.0f} | {facts.little_weight * 100:.0f}% | "
-            f"{facts.floor:.3f} | {loss} | {scale} |"
+            f"{facts.floor:.2f} | {loss} | {scale} |"
         )
     return rows
 
