@@ -257,6 +257,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.csv_separator = str({"\\t": "\t", "tab": "\t"}.get(args.csv_separator, args.csv_separator))
         if len(args.csv_separator) != 1:
             parser.error(f"--csv-separator: expected one character, got '{args.csv_separator}'")
+    if args.torchcompile and args.grad_checkpointing and (args.lock_image or args.lock_text):
+        # torch.compile: "Activation checkpoint rematerialization [...] does not support RNG ops", of a tower without gradients.
+        parser.error("--torchcompile: expected no --grad-checkpointing beside --lock-image or --lock-text, got both")
     if args.dry_run and args.steps == 0:
         parser.error("--dry-run: expected --steps > 0, got 0")
     if args.best_metric and not args.val_data:
