@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import types
@@ -83,7 +82,8 @@ def test_a_file_that_is_no_configuration_is_an_input_error_and_spoils_nothing(tm
 
 
 def test_a_hugging_face_text_tower_needs_transformers(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(openclip, "importlib", without)
     with pytest.raises(
         InputError, match=r"^expected the package transformers for 'xlm-roberta-base', got none: pip install"
     ):
