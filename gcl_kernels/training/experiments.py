@@ -8,8 +8,9 @@ A variant is a score-to-weight function and, each after a ``+``, options of the 
 is its baseline: by default ``constant``, which is plain cross-entropy, against every function.
 
 Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json exists is not run
-again, so that the command can be stopped and repeated. Runs of one seed differ in the variant alone: same data, initial
-weights, batches and steps. ``--report FILE`` writes the tables of what there is, in Markdown.
+again, so that the command can be stopped and repeated (one that ran with other options is refused). Runs of one seed
+differ in the variant alone: same data, initial weights, batches and steps. ``--report FILE`` writes the tables of what
+there is, in Markdown.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from gcl_kernels.training import options as training_options
 from gcl_kernels.training.batches import LITTLE, batch_statistics
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 from gcl_kernels.training.splits import AUTHORS_FILES, SPLITS
+from gcl_kernels.training.train import PLACES
 
 FUNCTIONS = ("constant", "linear", "inverse", "inverse_sqrt", "log")
 METRICS = ("NDCG@10", "ERR", "RBP.9", "recall@10")
@@ -184,11 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the cells that are missing, and write the report after each seed."""
     args = parse_args(argv)
     files = {name: DATA[name].files(source, args.out / "data" / name) for name, source in args.data}
+    cells = [(name, variant, seed) for name, _ in args.data for variant in variants(args) for seed in range(args.seeds)]
+    for name, variant, seed in cells:
+        check_cell(args, name, variant, seed, files[name])
     failed = []
     # All variants of a seed before the next seed: what is there at any time is a fair comparison.
     for seed in () if args.report_only else range(args.seeds):
-        cells = [(name, variant) for name, _ in args.data for variant in variants(args)]
-        progress = tqdm(cells, desc=f"seed {seed}", unit="cell")
+        progress = tqdm([cell[:2] for cell in cells if cell[2] == seed], desc=f"seed {seed}", unit="cell")
         for name, variant in progress:
             progress.set_postfix_str(f"{name} {variant}")
             results = results_file(args.out, name, variant, seed)
@@ -215,6 +219,20 @@ def run_argv(args: argparse.Namespace, name: str, variant: str, seed: int, files
         *(option.format(folder=args.out / "data" / name) for option in DATA[name].options), *args.options,
         *options_of(variant), f"--seed={seed}", f"--logs={folder.parent}", f"--name={folder.name}",
     ]  # fmt: skip
+
+
+def check_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> None:
+    """Refuse a cell that ran with other options than it would now; where files lie does not matter."""
+    results = results_file(args.out, name, variant, seed)
+    if not results.exists():
+        return
+    then = json.loads(results.read_text()).get("options", {})
+    now = vars(training_options.parse_args(run_argv(args, name, variant, seed, files)))
+    elsewhere = {"train_data", "val_data", "doc_meta", "model", *PLACES}
+    different = [key for key in then.keys() & now.keys() - elsewhere if then[key] != now[key]]
+    if different:
+        changes = ", ".join(f"--{key.replace('_', '-')} {then[key]}, got {now[key]}" for key in sorted(different))
+        raise SystemExit(f"{results}: expected options as when it ran, {changes}; another --out keeps both")
 
 
 def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> bool:

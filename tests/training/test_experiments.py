@@ -85,6 +85,10 @@ def test_cells_run_once_and_one_that_fails_is_named(toy, tmp_path, capsys):
     assert options["log+min-score=3"]["min_score"] == 3
     assert not list(folder.parent.parent.rglob("*.pt"))
 
+    with pytest.raises(
+        SystemExit, match=r"seed_0/results.json: expected options as when it ran, --lr 0.0005, got 0.002; another --out"
+    ):
+        main([*toy, "--seeds=1", "--compare", "constant", "log+min-score=3", "--lr=2e-3"])
     times = {path: path.stat().st_mtime_ns for path in cells.values()}
     assert main([*toy, "--seeds=1", "--compare", "constant", "log+min-score=3"]) == 0
     assert times == {path: path.stat().st_mtime_ns for path in cells.values()}
