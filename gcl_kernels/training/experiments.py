@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,8 @@ from gcl_kernels.training.significance import bootstrap_interval, paired_test
 from gcl_kernels.training.splits import AUTHORS_FILES, SPLITS
 from gcl_kernels.training.train import PLACES
 
-FUNCTIONS = ("constant", "linear", "inverse", "inverse_sqrt", "log")
+BASELINE = "constant"
+FUNCTIONS = (BASELINE, "linear", "inverse", "inverse_sqrt", "log")
 METRICS = ("NDCG@10", "ERR", "RBP.9", "recall@10")
 
 BEGIN, END = "<!-- experiments -->", "<!-- end experiments -->"
@@ -289,6 +291,7 @@ def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[s
                     "",
                     f"### {name}: relevance {DATA[name].relevance}",
                     "",
+                    *novelty(args, name, files[name]),
                     *batch_table(args, name, comparison, files[name]),
                 ]
                 lines += [*tables, "", f"`{command(args, name, source, comparison)}`"]
@@ -367,6 +370,25 @@ def split_table(args: argparse.Namespace, name: str, comparison: Sequence[str], 
             compared = f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}] | {relative:+.1f}% | {p:.4f}"
         rows.append(f"| {variant} | {len(seeds)} | {' | '.join(values)} | {compared} |")
     return rows
+
+
+def novelty(args: argparse.Namespace, name: str, files: Files) -> list[str]:
+    """How much of the novel queries a model from random weights can know."""
+    if "novel query" not in files:
+        return []
+    run = training_options.parse_args(run_argv(args, name, BASELINE, 0, files))
+    texts = [key for key, kind in zip(run.right_keys, run.img_or_txt[1], strict=True) if kind == "txt"]
+
+    def words(split: str, keys: Sequence[str]) -> set[str]:
+        with files[split][0].open(encoding="utf-8", newline="") as file:
+            return {
+                word for row in csv.DictReader(file) for key in keys for word in re.findall(r"\w+", row[key].lower())
+            }
+
+    novel, queries = words("novel query", run.left_keys), words("in-domain", run.left_keys)
+    shares = [len(novel & known) / len(novel) * 100 for known in (queries, queries | words("in-domain", texts))]
+    seen = f"{shares[0]:.0f}% are in training queries, {shares[1]:.0f}% in training queries or documents."
+    return [f"Of the different words of the novel queries, {seen}", ""]
 
 
 def batch_table(args: argparse.Namespace, name: str, comparison: Sequence[str], files: Files) -> list[str]:

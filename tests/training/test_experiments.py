@@ -136,3 +136,19 @@ def test_the_data_sets_are_trained_on_with_options_that_exist():
         args = parse_args(["--data", name])
         run = training_options.parse_args(experiments.run_argv(args, name, "log", 3, files))
         assert (run.seed, run.score_to_weight, run.name) == (3, "log", "seed_3"), data
+
+
+def test_the_words_that_training_has_seen_are_counted(toy, tmp_path):
+    def file(name, *rows):
+        path = tmp_path / name
+        path.write_text("\n".join(["query,title,score", *rows]))
+        return path, path
+
+    files = {
+        "in-domain": file("a.csv", "red Shoe,a boot,1"),
+        "novel query": file("b.csv", "shoe boot,x,1", "blue sock,y,1"),
+    }
+    line, _ = experiments.novelty(parse_args(toy), "toy", files)
+    assert line == ("Of the different words of the novel queries, 25% are in training queries, 50% in training queries or "
+                    "documents.")  # fmt: skip
+    assert experiments.novelty(parse_args(toy), "toy", {"in-domain": files["in-domain"]}) == []
