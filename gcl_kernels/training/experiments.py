@@ -278,23 +278,29 @@ def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[s
         f"  than {LITTLE:g} of the mean pair. Repeated queries and documents, kept as negatives, leave the loss a *floor*;",
         "  *loss* is the mean over the last tenth of the steps, *logit scale* the last one.",
     ]
+    for name, _ in args.data:
+        data = DATA[name]
+        lines += [
+            "",
+            f"**{name}**: relevance {data.relevance}. {novelty(args, name, files[name])}",
+            "",
+            f"`{' '.join(data.options)}`",
+        ]
     for comparison in args.compare:
-        summary = summary_table(args, files, comparison)
-        lines += ["", f"## {', '.join(comparison[1:])} against {comparison[0]}", "", *summary]
+        lines += [
+            "",
+            f"## {', '.join(comparison[1:])} against {comparison[0]}",
+            "",
+            *summary_table(args, files, comparison),
+        ]
         for name, source in args.data:
             tables = []
             for split, (pairs, _) in files[name].items():
                 if table := split_table(args, name, comparison, str(pairs)):
                     tables += ["", f"#### {name}, {split} ({SPLITS[split]})", "", *table]
             if tables:
-                lines += [
-                    "",
-                    f"### {name}: relevance {DATA[name].relevance}",
-                    "",
-                    *novelty(args, name, files[name]),
-                    *batch_table(args, name, comparison, files[name]),
-                ]
-                lines += [*tables, "", f"`{command(args, name, source, comparison)}`"]
+                lines += ["", f"### {name}", "", *batch_table(args, name, comparison, files[name]), *tables]
+                lines += ["", f"`{command(args, name, source, comparison)}`"]
     return lines
 
 
@@ -315,7 +321,7 @@ def summary_table(args: argparse.Namespace, files: Mapping[str, Files], comparis
     """One row a test set: the relative difference of every variant, in bold where p < 0.05."""
     first, *others = comparison
     rows = [
-        f"{METRICS[0]} relative to `{first}`, in bold where p < 0.05 (details below):",
+        f"{METRICS[0]} relative to `{first}`, in bold where p < 0.05, and in brackets the number of seeds (details below):",
         "",
         f"| test set | {' | '.join(comparison)} |",
         "|---" * (len(comparison) + 1) + "|",
@@ -323,18 +329,19 @@ def summary_table(args: argparse.Namespace, files: Mapping[str, Files], comparis
     for name, _ in args.data:
         for split, (pairs, _) in files[name].items():
             baseline = cells_of(args, name, first, str(pairs))
-            if not baseline:
-                continue
-            cells = [f"{mean_over_seeds(baseline, sorted(baseline)).mean():.3f}"]
+            cells = []
             for variant in others:
                 found = cells_of(args, name, variant, str(pairs))
                 if seeds := sorted(found.keys() & baseline.keys()):
                     ours, theirs = (mean_over_seeds(of_run, seeds) for of_run in (found, baseline))
                     change = f"{(ours.mean() / theirs.mean() - 1) * 100:+.1f}%" if theirs.mean() else "–"
-                    cells.append(f"**{change}**" if paired_test(ours, theirs) < 0.05 else change)
+                    bold = "**" if paired_test(ours, theirs) < 0.05 else ""
+                    cells.append(f"{bold}{change}{bold} ({len(seeds)})")
                 else:
                     cells.append("")
-            rows.append(f"| {name}, {split} | {' | '.join(cells)} |")
+            if any(cells):
+                mean = mean_over_seeds(baseline, sorted(baseline)).mean()
+                rows.append(f"| {name}, {split} | {mean:.3f} ({len(baseline)}) | {' | '.join(cells)} |")
     return rows
 
 
@@ -372,10 +379,10 @@ def split_table(args: argparse.Namespace, name: str, comparison: Sequence[str], 
     return rows
 
 
-def novelty(args: argparse.Namespace, name: str, files: Files) -> list[str]:
+def novelty(args: argparse.Namespace, name: str, files: Files) -> str:
     """How much of the novel queries a model from random weights can know."""
     if "novel query" not in files:
-        return []
+        return ""
     run = training_options.parse_args(run_argv(args, name, BASELINE, 0, files))
     texts = [key for key, kind in zip(run.right_keys, run.img_or_txt[1], strict=True) if kind == "txt"]
 
@@ -388,7 +395,7 @@ def novelty(args: argparse.Namespace, name: str, files: Files) -> list[str]:
     novel, queries = words("novel query", run.left_keys), words("in-domain", run.left_keys)
     shares = [len(novel & known) / len(novel) * 100 for known in (queries, queries | words("in-domain", texts))]
     seen = f"{shares[0]:.0f}% are in training queries, {shares[1]:.0f}% in training queries or documents."
-    return [f"Of the different words of the novel queries, {seen}", ""]
+    return f"Of the different words of the novel queries, {seen}"
 
 
 def batch_table(args: argparse.Namespace, name: str, comparison: Sequence[str], files: Files) -> list[str]:

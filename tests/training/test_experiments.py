@@ -105,7 +105,7 @@ def test_the_tables_are_paired_by_query_and_seed(toy, tmp_path):
     report = out / "results.md"
     assert main([*toy, "--report-only"]) == 0
     lines = report.read_text().splitlines()
-    assert "| toy, in-domain | 0.375 |  |  |  | **+66.7%** |" in lines
+    assert "| toy, in-domain | 0.375 (2) |  |  |  | **+66.7%** (2) |" in lines
     assert "| constant | 2 | 0.375 ± 0.177 | 0.375 ± 0.177 | 0.375 ± 0.177 | 0.375 ± 0.177 |  | |  |" in lines
     (row,) = (line for line in lines if line.startswith("| log | 2 |"))
     assert row.endswith("| +0.250 [+0.250, +0.250] | +66.7% | 0.0078 |")
@@ -118,14 +118,15 @@ def test_the_tables_are_paired_by_query_and_seed(toy, tmp_path):
 
 def test_only_the_tables_of_a_report_are_written_anew(toy, tmp_path):
     report = tmp_path / "report.md"
-    write_cell(tmp_path / "out", "constant", 0, {"q": 0.5})
+    for variant in ("constant", "log"):
+        write_cell(tmp_path / "out", variant, 0, {"q": 0.5})
     report.write_text(f"# Ours\n\nWords.\n\n{experiments.BEGIN}\nstale\n{experiments.END}\n\nMore words.\n")
     assert main([*toy, "--report-only", f"--report={report}"]) == 0
     text = report.read_text()
     assert text.startswith(f"# Ours\n\nWords.\n\n{experiments.BEGIN}\n")
     assert text.endswith(f"\n{experiments.END}\n\nMore words.\n")
     assert "stale" not in text
-    assert "| toy, in-domain | 0.500 |" in text
+    assert "| toy, in-domain | 0.500 (1) |  |  |  | +0.0% (1) |" in text
     assert main([*toy, "--report-only", f"--report={report}"]) == 0
     assert report.read_text() == text
 
@@ -148,7 +149,7 @@ def test_the_words_that_training_has_seen_are_counted(toy, tmp_path):
         "in-domain": file("a.csv", "red Shoe,a boot,1"),
         "novel query": file("b.csv", "shoe boot,x,1", "blue sock,y,1"),
     }
-    line, _ = experiments.novelty(parse_args(toy), "toy", files)
+    line = experiments.novelty(parse_args(toy), "toy", files)
     assert line == ("Of the different words of the novel queries, 25% are in training queries, 50% in training queries or "
                     "documents.")  # fmt: skip
-    assert experiments.novelty(parse_args(toy), "toy", {"in-domain": files["in-domain"]}) == []
+    assert experiments.novelty(parse_args(toy), "toy", {"in-domain": files["in-domain"]}) == ""
