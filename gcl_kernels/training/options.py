@@ -150,8 +150,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="what reading does with image files; those that fail later are missing values")  # fmt: skip
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--score-to-weight", default="inverse_sqrt",
-                      help="constant (plain CLIP), linear, inverse, inverse_sqrt, log")  # fmt: skip
+    loss.add_argument("--score-to-weight", default="log",
+                      help="log, linear, inverse_sqrt (the best of the GCL paper), inverse, constant (plain CLIP)")  # fmt: skip
     loss.add_argument("--score-scaling", choices=("minmax", "none"), default="minmax",
                       help="minmax: scores become int((s - min) / (max - min) * 99 + 1) over the training file, as in "
                       "evaluation; none: scores are in [1, s_max] already")  # fmt: skip

@@ -255,6 +255,7 @@ def test_the_defaults_say_what_a_column_is():
     assert args.img_or_txt == [["txt", "img"], ["txt", "img"]]
     assert (args.left_weights, args.right_weights) == ([1.0, 1.0], [1.0, 1.0])
     assert args.weight_key == "score"
+    assert (args.score_to_weight, args.weight_normalize, args.false_negatives) == ("log", "mean", "mask")
     assert parse_args([*REQUIRED, "--csv-separator=\\t"]).csv_separator == "\t"
 
 
