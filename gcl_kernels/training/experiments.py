@@ -307,9 +307,10 @@ def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[s
 def command(args: argparse.Namespace, name: str, source: Path | None, comparison: Sequence[str]) -> str:
     """What repeats the runs of a comparison on a data set, or of some of its rows: leave out the others but the first."""
     folder = "" if source is None else "=DIR"
-    seeds = max(len(seeds_of(args, name, variant)) for variant in comparison)
+    there = [variant for variant in comparison if seeds_of(args, name, variant)]
+    seeds = max(len(seeds_of(args, name, variant)) for variant in there)
     words = ["python -m gcl_kernels.training.experiments", f"--data {name}{folder}", f"--seeds {seeds}"]
-    return " ".join([*words, *args.options, "--compare", *comparison])
+    return " ".join([*words, *args.options, "--compare", *there])
 
 
 def seeds_of(args: argparse.Namespace, name: str, variant: str) -> list[int]:
