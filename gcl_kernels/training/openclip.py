@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +70,8 @@ def create_model(
     """Make any open_clip model by name, with the tokenizer and the image preprocessing that belong to it.
 
     Args:
-        name: a name from ``open_clip.list_models()`` (``TINY_MODEL`` is among them), or open_clip's ``local-dir:PATH``.
+        name: a name from ``open_clip.list_models()`` (``TINY_MODEL`` is among them), open_clip's ``local-dir:PATH``, or the
+            path of a model configuration of one's own, ``NAME.json``, that may name a Hugging Face text tower.
         pretrained: open_clip's tag or a checkpoint file; None gives random weights from torch's global seed.
         context_length: number of text tokens, when it should differ from the model's own.
         device: where the model lives.
@@ -78,16 +81,46 @@ def create_model(
         augmentation, a PIL image -> float32 (3, height, width).
 
     Raises:
-        InputError: a name that open_clip does not know.
+        InputError: a name that open_clip does not know, a file that is no model configuration, no package transformers
+            for a text tower that needs it.
         RuntimeError: open_clip's own, when the weights are unknown.
     """
     open_clip = import_open_clip()
-    if ":" not in name and name not in open_clip.list_models():
-        close = difflib.get_close_matches(name, open_clip.list_models())
-        raise InputError(
-            f"expected a model name of open_clip, got '{name}'" + (f"; close to it: {close}" if close else "")
-        )
+    if name.endswith(".json"):
+        name = _register(Path(name))
+    if ":" not in name:
+        _check_name(name)
     model, _, preprocess = open_clip.create_model_and_transforms(
         name, pretrained=pretrained, force_context_length=context_length, device=device
     )
     return model, open_clip.get_tokenizer(name, context_length=context_length), preprocess
+
+
+def _register(path: Path) -> str:
+    """Make a model configuration known to open_clip, by the name of its file."""
+    try:
+        # open_clip passes over what is no configuration without a word, and stumbles ever after over what is no JSON.
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected a model configuration of open_clip in JSON, got '{error}'") from None
+    if not isinstance(config, dict) or not config.keys() >= {"embed_dim", "vision_cfg", "text_cfg"}:
+        raise InputError(
+            f"{path}: expected a model configuration of open_clip, with embed_dim, vision_cfg and text_cfg, got another "
+            f"structure"
+        )
+    import_open_clip().add_model_config(path)
+    return path.stem
+
+
+def _check_name(name: str) -> None:
+    """Raise InputError for a model that open_clip cannot make."""
+    open_clip = import_open_clip()
+    config = open_clip.get_model_config(name)
+    if config is None:
+        close = difflib.get_close_matches(name, open_clip.list_models())
+        raise InputError(
+            f"expected a model name of open_clip, got '{name}'" + (f"; close to it: {close}" if close else "")
+        )
+    text_tower = config["text_cfg"].get("hf_model_name")
+    if text_tower and importlib.util.find_spec("transformers") is None:
+        raise InputError(f"expected the package transformers for '{text_tower}', got none: pip install transformers")

@@ -150,8 +150,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="what reading does with image files; those that fail later are missing values")  # fmt: skip
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--score-to-weight", default="inverse_sqrt",
-                      help="constant (plain CLIP), linear, inverse, inverse_sqrt, log")  # fmt: skip
+    loss.add_argument("--score-to-weight", default="log",
+                      help="log, linear, inverse_sqrt (the best of the GCL paper), inverse, constant (plain CLIP)")  # fmt: skip
     loss.add_argument("--score-scaling", choices=("minmax", "none"), default="minmax",
                       help="minmax: scores become int((s - min) / (max - min) * 99 + 1) over the training file, as in "
                       "evaluation; none: scores are in [1, s_max] already")  # fmt: skip
@@ -172,8 +172,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cross-field-loss", action="store_true", help="add the mean of the loss over all pairs of fields"
     )
 
+    loss.add_argument("--logit-scale", type=positive(float), metavar="X", help="at the start; default: the model's own")
+    loss.add_argument(
+        "--logit-scale-max", type=positive(float), default=100.0, metavar="X", help="it is kept at or below"
+    )
+
     train = parser.add_argument_group("training")
-    train.add_argument("--model", default=TINY_MODEL, help="any open_clip model name")
+    train.add_argument(
+        "--model", default=TINY_MODEL, help="any open_clip model name, or a model configuration NAME.json"
+    )
     train.add_argument("--pretrained", help="open_clip's tag or a checkpoint file; default: random weights")
     train.add_argument("--context-length", type=positive(int), help="text tokens; default: the model's own")
     train.add_argument("--batch-size", type=positive(int), default=512, help="rows of a process and step")
@@ -183,7 +190,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="open_clip's name for it: a step has K times --batch-size rows, encoded --batch-size at a time",
                        )  # fmt: skip
     train.add_argument("--epochs", type=positive(int), default=10)
-    train.add_argument("--steps", type=positive(int), help="number of batches in all, instead of --epochs")
+    train.add_argument("--steps", type=whole, help="number of batches in all, instead of --epochs; 0: only evaluate")
     train.add_argument("--lr", type=positive(float), default=5e-4)
     train.add_argument("--wd", type=float, default=0.2)
     train.add_argument("--beta1", type=float, default=0.9)
@@ -250,6 +257,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.csv_separator = str({"\\t": "\t", "tab": "\t"}.get(args.csv_separator, args.csv_separator))
         if len(args.csv_separator) != 1:
             parser.error(f"--csv-separator: expected one character, got '{args.csv_separator}'")
+    if args.torchcompile and args.grad_checkpointing and (args.lock_image or args.lock_text):
+        # torch.compile: "Activation checkpoint rematerialization [...] does not support RNG ops", of a tower without gradients.
+        parser.error("--torchcompile: expected no --grad-checkpointing beside --lock-image or --lock-text, got both")
+    if args.dry_run and args.steps == 0:
+        parser.error("--dry-run: expected --steps > 0, got 0")
     if args.best_metric and not args.val_data:
         parser.error("--best-metric: expected --val-data to measure it on, got none")
     if unknown := set(filter(None, args.report_to.split(","))) - {"tensorboard", "wandb"}:

@@ -89,7 +89,8 @@ def draw_metrics(axes: Any, per_query: dict[str, dict[str, dict[str, float]]]) -
         error = np.abs(intervals.T - means)
         label = f"{run} ({len(queries)} queries)"
         axes.bar(places, means, width, yerr=error, capsize=2, label=label, color=COLOURS[number % len(COLOURS)])
-    axes.set(xticks=range(len(NAMES)), ylim=(0, None), title="Means over queries, 95% bootstrap intervals")
+    axes.set(xticks=range(len(NAMES)), ylim=(0, None))
+    axes.set_title("Means over queries, 95% bootstrap intervals", fontsize=11)
     axes.set_xticklabels(NAMES, rotation=35, ha="right")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -114,21 +115,24 @@ def draw_differences(axes: Any, per_query: dict[str, dict[str, dict[str, float]]
 
 def draw_curves(axes: Any, curves: dict[str, dict[str, Any]]) -> None:
     """The loss of every step, smoothed, and above it the mean NDCG@10 of the evaluations on the way."""
-    second = axes.twinx() if any(len(of_run.get("history", [])) > 1 for of_run in curves.values()) else None
+    histories: dict[str, dict[int, list[float]]] = {}
+    for run, of_run in curves.items():
+        for line in of_run.get("history", []):
+            histories.setdefault(run, {}).setdefault(line["step"], []).append(line["NDCG@10"])
+    # A single evaluation, that at the end, is no curve.
+    second = axes.twinx() if any(len(history) > 1 for history in histories.values()) else None
     for number, (run, of_run) in enumerate(curves.items()):
         losses, colour = np.array(of_run["loss"]), COLOURS[number % len(COLOURS)]
         window = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(np.arange(len(smooth)) + window, smooth, label=run, color=colour)
-        history: dict[int, list[float]] = {}
-        for line in of_run.get("history", []):
-            history.setdefault(line["step"], []).append(line["NDCG@10"])
-        if second is not None and history:
-            second.plot(
-                list(history), [np.mean(values) for values in history.values()], "o--", color=colour, markersize=4
-            )
-    axes.set(xlabel="step", ylabel="loss", title="Learning curves" + (" (dashed: NDCG@10)" if second else ""))
-    axes.legend(frameon=False)
+        if second is not None and run in histories:
+            means = [np.mean(values) for values in histories[run].values()]
+            second.plot(list(histories[run]), means, "o--", color=colour, markersize=4)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.set_title("Learning curves" + (" (dashed: NDCG@10)" if second else ""), fontsize=11)
+    # Losses fall and metrics rise: the corner below the first losses is empty.
+    axes.legend(frameon=False, loc="lower left" if second else "best")
     axes.spines["top"].set_visible(False)
     if second is not None:
         second.set(ylabel="NDCG@10, mean of the test sets", ylim=(0, None))

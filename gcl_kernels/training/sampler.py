@@ -24,7 +24,8 @@ class Sampler:
     def __init__(
         self, rows: Tensor, batch_size: int, *, seed: int = 0, least: int = 1, ids: Tensor | None = None
     ) -> None:
-        self._rows, self._batch_size, self._seed, self._least, self._ids = rows, batch_size, seed, least, ids
+        self.rows, self.batch_size = rows, batch_size
+        self._seed, self._least, self._ids = seed, least, ids
         self.epoch, self.batch = 0, 0
         self._plan = self._batches(0)
 
@@ -49,27 +50,27 @@ class Sampler:
         if self.epoch_ended:
             self.seek(self.epoch + 1, 0)
         self.batch += 1
-        return self._rows[self._plan[self.batch - 1]]
+        return self.rows[self._plan[self.batch - 1]]
 
     def _batches(self, epoch: int) -> list[Tensor]:
         """The places in ``rows`` of every batch of an epoch."""
         # The generator of a CPU looks at the low 32 bits alone.
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**32)
-        order = torch.randperm(len(self._rows), generator=generator)
+        order = torch.randperm(len(self.rows), generator=generator)
         if self._ids is None:
-            whole = len(order) // self._batch_size * self._batch_size
-            return list(order[:whole].split(self._batch_size))
+            whole = len(order) // self.batch_size * self.batch_size
+            return list(order[:whole].split(self.batch_size))
         return self._without_duplicates(order.tolist(), self._ids)
 
     def _without_duplicates(self, order: list[int], ids: Tensor) -> list[Tensor]:
         batches, waiting, start = [], [], 0
         while waiting or start < len(order):
-            stop = max(start, start + WINDOW * self._batch_size - len(waiting))
+            stop = max(start, start + WINDOW * self.batch_size - len(waiting))
             candidates, start = waiting + order[start:stop], min(stop, len(order))
             taken, waiting = [], []
             seen: set[tuple[int, int]] = set()
             for number, place in enumerate(candidates):
-                if len(taken) == self._batch_size:
+                if len(taken) == self.batch_size:
                     waiting += candidates[number:]
                     break
                 keys = set(enumerate(ids[place].tolist()))

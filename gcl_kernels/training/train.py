@@ -142,29 +142,10 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
             )
         known_documents(path, tests[path], corpora[meta])
 
-    low, high = pairs.scores.min().item(), pairs.scores.max().item()
-    if args.score_scaling == "none" and not 1 <= low <= high <= args.s_max:
-        raise DataError(
-            f"{args.train_data}: expected scores in [1, {args.s_max:g}] with --score-scaling none, got {low:g} to {high:g}"
-        )
-    scores = (minmax(pairs.scores) if args.score_scaling == "minmax" else pairs.scores).float()
-    used = (pairs.scores >= args.min_score).nonzero().flatten()
-    if len(used) == 0:
-        raise DataError(f"{args.train_data}: expected a score >= --min-score {args.min_score:g}, got {high:g} at most")
-    # A row's query and document are positives of each other in its own row alone; where they come again, with the same
-    # query or the same document, other rows are no negatives.
-    ids = torch.stack([pairs.query_numbers, pairs.document_numbers], dim=1)
-    micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
-    batch_size = min(args.batch_size * args.accum_freq * group.world, len(used))
-    if batch_size < group.world:
-        raise DataError(
-            f"{args.train_data}: expected a row for each of {group.world} processes, got {batch_size} in all"
-        )
-    sampler = Sampler(
-        used, batch_size, seed=args.seed, least=group.world, ids=ids[used] if args.false_negatives == "avoid" else None
-    )
-    steps = args.steps or args.epochs * sampler.batches_per_epoch
+    scores, ids, sampler = training_rows(args, pairs, group.world)
+    steps = args.epochs * sampler.batches_per_epoch if args.steps is None else args.steps
     warmup = min(args.warmup, steps // 10)
+    micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
 
     # ---- model
     torch.manual_seed(args.seed)
@@ -172,11 +153,11 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
         args.model, pretrained=args.pretrained, context_length=args.context_length, device=device
     )
     encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.workers)
-    if args.lock_image:
-        model.lock_image_tower()
-    if args.lock_text:
-        model.lock_text_tower()
-    freeze_what_no_field_uses(model, {*left_kinds.values(), *right_kinds.values()})
+    if args.logit_scale:
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(args.logit_scale))
+    locked = {kind for kind, lock in (("img", args.lock_image), ("txt", args.lock_text)) if lock}
+    freeze_all_but(model, {*left_kinds.values(), *right_kinds.values()} - locked)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.torchcompile:
@@ -301,7 +282,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
+            model.logit_scale.clamp_(0, math.log(args.logit_scale_max))
         return loss.detach(), scale.detach()
 
     def evaluate_now(step: int) -> None:
@@ -344,7 +325,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
         checkpoints.keep_last(path.parent, args.keep_last)
 
     if args.dry_run:
-        return dry_run(args, group, batches(), update, model, steps, batch_size, len(used), started)
+        return dry_run(args, group, batches(), update, model, steps, sampler, started)
 
     # ---- training
     tracker = Tracker(args.report_to if group.first else "", folder, vars(args), first_step)
@@ -407,6 +388,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     results = {
         "options": {key: value for key, value in vars(args).items() if value != -math.inf},
         "loss": run.losses,
+        "logit_scale": model.logit_scale.exp().item(),
         "seconds": run.seconds,
         "peak_bytes": run.peak_bytes,
         "lost_images": encoder.lost,
@@ -419,6 +401,31 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     return run
 
 
+def training_rows(args: argparse.Namespace, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:
+    """The scores (N,), float32, and the ids (N, 2) of all rows, and the sampler of those that are trained on.
+
+    Raises:
+        DataError: scores out of range, none at ``--min-score`` or above, fewer rows than processes.
+    """
+    low, high = pairs.scores.min().item(), pairs.scores.max().item()
+    if args.score_scaling == "none" and not 1 <= low <= high <= args.s_max:
+        raise DataError(
+            f"{args.train_data}: expected scores in [1, {args.s_max:g}] with --score-scaling none, got {low:g} to {high:g}"
+        )
+    scores = (minmax(pairs.scores) if args.score_scaling == "minmax" else pairs.scores).float()
+    used = (pairs.scores >= args.min_score).nonzero().flatten()
+    if len(used) == 0:
+        raise DataError(f"{args.train_data}: expected a score >= --min-score {args.min_score:g}, got {high:g} at most")
+    # A row's query and document are positives of each other in its own row alone; where they come again, with the same
+    # query or the same document, other rows are no negatives.
+    ids = torch.stack([pairs.query_numbers, pairs.document_numbers], dim=1)
+    batch_size = min(args.batch_size * args.accum_freq * world, len(used))
+    if batch_size < world:
+        raise DataError(f"{args.train_data}: expected a row for each of {world} processes, got {batch_size} in all")
+    distinct = ids[used] if args.false_negatives == "avoid" else None
+    return scores, ids, Sampler(used, batch_size, seed=args.seed, least=world, ids=distinct)
+
+
 EMBED_ROWS = 512
 """Rows embedded at a time in evaluation."""
 
@@ -428,8 +435,11 @@ def due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def freeze_what_no_field_uses(model: Any, kinds: set[str]) -> None:
-    """A tower without a field, or a bias of another loss, gets no gradient; processes would wait for it."""
+def freeze_all_but(model: Any, kinds: set[str]) -> None:
+    """Freeze the towers of other kinds, whole: open_clip's own lock leaves the projection of a Hugging Face tower.
+
+    A tower without a field, or the bias of another loss, gets no gradient; processes would wait for it.
+    """
     for name, weight in model.named_parameters():
         tower = "img" if name.startswith("visual.") else "txt"
         if name == "logit_bias" or (name != "logit_scale" and tower not in kinds):
@@ -468,7 +478,7 @@ def warn_of_changes(
 
 def dry_run(
     args: argparse.Namespace, group: processes.Processes, batches: Iterator[Batch], update: Any, model: Any, steps: int,
-    batch_size: int, rows: int, started: float,
+    sampler: Sampler, started: float,
 ) -> Run:  # fmt: skip
     """Two steps, the second timed, and the plan."""
     run = Run()
@@ -485,7 +495,7 @@ def dry_run(
         weights = sum(weight.numel() for weight in model.parameters())
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         print(
-            f"plan: {steps} steps of {batch_size} rows on {group.world} process(es), {rows} rows an epoch\n"
+            f"plan: {steps} steps of {sampler.batch_size} rows on {group.world} process(es), {len(sampler.rows)} rows an epoch\n"
             f"model: {args.model}, {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained; a checkpoint is about "
             f"{(weights + 2 * trained) * 4 / 2**20:.0f} MiB\n"
             f"memory: {run.peak_bytes / 2**20:.0f} MiB at the peak of a step on {group.device}\n"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gcl_kernels.training.metrics import NAMES
-from gcl_kernels.training.report import main
+from gcl_kernels.training.report import draw_curves, main
 
 
 def run_folder(path, values, image=None):
@@ -66,3 +66,13 @@ def test_what_is_no_run_is_one_line_and_status_2(tmp_path, capsys, content, faul
         (tmp_path / "per_query.csv").write_text(content)
     assert main(["--runs", str(tmp_path)]) == 2
     assert fault in capsys.readouterr().err
+
+
+def test_evaluations_are_a_curve_where_there_are_several_steps():
+    from matplotlib.figure import Figure
+
+    for steps, axes in (([8, 8], 1), ([4, 4, 8, 8], 2)):
+        figure = Figure()
+        history = [{"step": step, "NDCG@10": 0.1} for step in steps]
+        draw_curves(figure.subplots(), {"run": {"loss": [2.0, 1.0], "history": history}})
+        assert len(figure.axes) == axes

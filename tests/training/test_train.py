@@ -221,6 +221,11 @@ def test_options_that_cannot_be_used_are_one_line_and_status_2(pairs_file, capsy
         (["--lr=nan"], "expected a number > 0, got nan"),
         (["--epochs=two"], "invalid int value: 'two'"),
         (["--wd=-1"], "expected --warmup and --wd >= 0"),
+        (["--steps=0", "--dry-run"], "--dry-run: expected --steps > 0, got 0"),
+        (
+            ["--torchcompile", "--grad-checkpointing", "--lock-text"],
+            "--torchcompile: expected no --grad-checkpointing beside --lock-image or --lock-text, got both",
+        ),
     ],
 )
 def test_a_bad_command_line_is_refused(capsys, options, fault):
@@ -250,6 +255,7 @@ def test_the_defaults_say_what_a_column_is():
     assert args.img_or_txt == [["txt", "img"], ["txt", "img"]]
     assert (args.left_weights, args.right_weights) == ([1.0, 1.0], [1.0, 1.0])
     assert args.weight_key == "score"
+    assert (args.score_to_weight, args.weight_normalize, args.false_negatives) == ("log", "mean", "mask")
     assert parse_args([*REQUIRED, "--csv-separator=\\t"]).csv_separator == "\t"
 
 
@@ -315,14 +321,49 @@ def test_a_loss_that_is_not_finite_is_one_line(pairs_file):
 
 
 def test_a_locked_tower_and_one_without_a_field_do_not_train(pairs_file):
-    before = run(pairs_file, "--steps=1", "--lr=1e-30", "--wd=0", "--save-frequency=1").checkpoint
-    after = run(pairs_file, "--steps=1", "--lock-image", "--lr=1e-2", name="locked").checkpoint
-    text = run(pairs_file, "--steps=1", "--lr=1e-2", "--skip-bad-rows", name="text",
-               keys=["--left-keys=query", "--right-keys=title", "--weight-key=score"]).checkpoint  # fmt: skip
-    first, locked, text_only = (torch.load(path, weights_only=True)["state_dict"] for path in (before, after, text))
-    for name, weight in first.items():
-        for trained in (locked, text_only):
-            assert ((weight - trained[name]).abs().max() < 1e-20) == name.startswith("visual."), name
+    def weights(name, *options, **more):
+        path = run(pairs_file, "--steps=1", "--save-frequency=1", *options, name=name, **more).checkpoint
+        content = torch.load(path, weights_only=True)
+        return content["state_dict"], sum(len(group["params"]) for group in content["optimizer"]["param_groups"])
+
+    first, _ = weights("first", "--lr=1e-30", "--wd=0")
+    image = {name for name in first if name.startswith("visual.")}
+    text_keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score"]
+    for frozen, (changed, in_optimizer) in (
+        (image, weights("locked", "--lock-image", "--lr=1e-2")),
+        (image, weights("unused", "--lr=1e-2", "--skip-bad-rows", keys=text_keys)),
+        (first.keys() - image - {"logit_scale"}, weights("text", "--lock-text", "--lr=1e-2")),
+    ):
+        for name, weight in first.items():
+            assert ((weight - changed[name]).abs().max() < 1e-20) == (name in frozen), name
+        # A weight that no field uses would not change either, but processes would wait for its gradient.
+        assert in_optimizer == len(first) - len(frozen)
+
+
+def test_no_steps_evaluate_the_model_as_it_is(pairs_file):
+    first = run(pairs_file, "--steps=1", "--lr=1e-30", "--wd=0", "--save-frequency=1", f"--val-data={pairs_file}")
+    again = run(
+        pairs_file,
+        "--steps=0",
+        f"--pretrained={first.checkpoint}",
+        f"--val-data={pairs_file}",
+        "--seed=5",
+        name="again",
+    )
+    assert again.losses == []
+    assert again.evaluations[str(pairs_file)].rows() == first.evaluations[str(pairs_file)].rows()
+    assert not (pairs_file.parent / "logs" / "again" / "checkpoints").exists()
+
+
+def test_the_logit_scale_starts_and_stays_where_it_is_told(pairs_file):
+    def scale(*options):
+        run(pairs_file, "--steps=2", "--lr=1e-30", *options)
+        return json.loads((pairs_file.parent / "logs" / "run" / "results.json").read_text())["logit_scale"]
+
+    assert scale() == pytest.approx(1 / 0.07)
+    assert scale("--logit-scale=5") == pytest.approx(5)
+    assert scale("--logit-scale=200") == pytest.approx(100)
+    assert scale("--logit-scale=200", "--logit-scale-max=1000") == pytest.approx(200)
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "amp"])
