@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--d", type=numbers(int), default=[512])
     parser.add_argument("--directions", type=words(tuple(cases.DIRECTIONS)), default=["both"])
     parser.add_argument("--pass", dest="passes", type=words(cases.PASSES), default=["both"])
-    parser.add_argument("--logit-scale", type=numbers(float), default=[100 / 7, 100.0])
+    parser.add_argument("--logit-scale", type=numbers(float), default=[100.0])
     parser.add_argument("--draw", type=words(cases.DRAWS), default=["clustered"])
     parser.add_argument("--fields", type=numbers(int), default=[1], help="fields of the right-hand side")
     parser.add_argument("--ids", action="store_true", help="mask false negatives")

@@ -147,7 +147,12 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
                 "tflops": 1.0, "of_gemm": 0.9, "gemm_tflops": 0.2, "extra_mib": 10.0, "error": {"loss": 1e-7}}  # fmt: skip
 
     cells = [cell(p, 0.1 * n, n=n, m=n) for n in (256, 512) for p in ("ours", "open_clip")]
-    cells += [cell("ours", 0.1, d=64), cell("ours", 0.1, fields=4), cell("ours", 0.1, ids=True)]
+    cells += [
+        cell("ours", 0.1, d=64),
+        cell("ours", 0.1, fields=4),
+        cell("ours", 0.1, ids=True),
+        cell("ours", 0.1, logit_scale=1.0),
+    ]
     machine = {"threads": 2, "cpu": "a CPU", "capability": "AVX2", "torch": "2", "gpu": None}
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
