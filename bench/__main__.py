@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=("cpu", "cuda", "mps"))
     parser.add_argument("--dtype", type=words(tuple(cases.DTYPES)), default=["fp32" if device == "cpu" else "bf16"])
-    parser.add_argument("--n", type=numbers(int), default=[256, 1024, 4096], help="batch sizes")
+    parser.add_argument("--n", type=numbers(int), default=[256, 1024, 2048], help="batch sizes")
     parser.add_argument("--m", type=numbers(int), help="columns; default N")
     parser.add_argument("--d", type=numbers(int), default=[512])
     parser.add_argument("--directions", type=words(tuple(cases.DIRECTIONS)), default=["both"])
