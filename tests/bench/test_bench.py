@@ -61,6 +61,7 @@ def test_a_run_measures_every_peer_or_says_why_not(quick, tmp_path, capsys):
     path = tmp_path / "run.json"
     names = "open_clip,linear_cross_entropy,liger,inf_cl,siglip_kernel"
     arguments = ["--device", "cpu", "--n", "48", "--d", "16", "--peers", names, "--turns", "2", "--json", str(path)]
+    arguments += ["--logit-scale", "14,100"]
     command.main(arguments)
     result = json.loads(path.read_text())
     cells = {(c["peer"], c["logit_scale"]): c for c in result["cells"]}
