@@ -15,6 +15,7 @@ import argparse
 import datetime
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,8 @@ def measured_on_rank(rank: int, world: int, path: str, method: str, results: Any
 
 def measure(method: str, world: int) -> dict:
     """The largest over ranks of each figure."""
+    # Freed memory goes back to the system, or a step would use again what drawing its inputs has left, uncounted.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     # forked from one process that has imported what they need
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.distributed", "gcl_kernels.training.openclip"])
