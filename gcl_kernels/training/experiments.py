@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -47,6 +48,9 @@ BEGIN, END = "<!-- experiments -->", "<!-- end experiments -->"
 
 Files = dict[str, tuple[Path, Path]]
 """``{split: (pairs, corpus)}``."""
+
+Cells = dict[int, dict[str, dict[str, float]]]
+"""``{seed: {query: {metric: value}}}`` of a variant on one test set."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +198,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = []
     # All variants of a seed before the next seed: what is there at any time is a fair comparison.
     for seed in () if args.report_only else range(args.seeds):
+        if seed:
+            write_report(args, files)
         progress = tqdm([cell[:2] for cell in cells if cell[2] == seed], desc=f"seed {seed}", unit="cell")
         for name, variant in progress:
             progress.set_postfix_str(f"{name} {variant}")
             results = results_file(args.out, name, variant, seed)
             if not results.exists() and not run_cell(args, name, variant, seed, files[name]):
                 failed.append(results.with_name("log.txt"))
-        write_report(args, files)
     write_report(args, files)
     print(args.report)
     for log in failed:
@@ -287,97 +292,147 @@ def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[s
             f"`{' '.join(data.options)}`",
         ]
     for comparison in args.compare:
-        lines += [
-            "",
-            f"## {', '.join(comparison[1:])} against {comparison[0]}",
-            "",
-            *summary_table(args, files, comparison),
-        ]
-        for name, source in args.data:
-            tables = []
-            for split, (pairs, _) in files[name].items():
-                if table := split_table(args, name, comparison, str(pairs)):
-                    tables += ["", f"#### {name}, {split} ({SPLITS[split]})", "", *table]
-            if tables:
-                lines += ["", f"### {name}", "", *batch_table(args, name, comparison, files[name]), *tables]
-                lines += ["", f"`{command(args, name, source, comparison)}`"]
+        lines += comparison_lines(args, files, comparison)
     return lines
 
 
-def command(args: argparse.Namespace, name: str, source: Path | None, comparison: Sequence[str]) -> str:
-    """What repeats the runs of a comparison on a data set, or of some of its rows: leave out the others but the first."""
-    folder = "" if source is None else "=DIR"
-    there = [variant for variant in comparison if seeds_of(args, name, variant)]
-    seeds = max(len(seeds_of(args, name, variant)) for variant in there)
-    words = ["python -m gcl_kernels.training.experiments", f"--data {name}{folder}", f"--seeds {seeds}"]
-    return " ".join([*words, *args.options, "--compare", *there])
-
-
-def seeds_of(args: argparse.Namespace, name: str, variant: str) -> list[int]:
-    """The seeds whose cell is there."""
-    return [seed for seed in range(args.seeds) if results_file(args.out, name, variant, seed).exists()]
-
-
-def summary_table(args: argparse.Namespace, files: Mapping[str, Files], comparison: Sequence[str]) -> list[str]:
-    """One row a test set: the relative difference of every variant, in bold where p < 0.05."""
-    first, *others = comparison
-    rows = [
-        f"{METRICS[0]} relative to `{first}`, in bold where p < 0.05, and in brackets the number of seeds (details below):",
+def comparison_lines(args: argparse.Namespace, files: Mapping[str, Files], comparison: Sequence[str]) -> list[str]:
+    """The tables of a baseline and what is compared with it."""
+    found = {name: {variant: read_cells(args, name, variant) for variant in comparison} for name, _ in args.data}
+    cells = {
+        (name, split): {variant: of_test(results, pairs) for variant, results in found[name].items()}
+        for name, _ in args.data
+        for split, (pairs, _) in files[name].items()
+    }
+    differences = {test: differences_to_first(of_variant) for test, of_variant in cells.items()}
+    tests = [test for test in cells if differences[test]]
+    lines = ["", f"## {', '.join(comparison[1:])} against {comparison[0]}", ""]
+    lines += [
+        f"{METRICS[0]} relative to `{comparison[0]}`, in bold where p < 0.05, and in brackets the number of seeds "
+        "(details below):",
         "",
         f"| test set | {' | '.join(comparison)} |",
         "|---" * (len(comparison) + 1) + "|",
+        *(summary_row(test, cells[test], differences[test]) for test in tests),
     ]
-    for name, _ in args.data:
-        for split, (pairs, _) in files[name].items():
-            baseline = cells_of(args, name, first, str(pairs))
-            cells = []
-            for variant in others:
-                found = cells_of(args, name, variant, str(pairs))
-                if seeds := sorted(found.keys() & baseline.keys()):
-                    ours, theirs = (mean_over_seeds(of_run, seeds) for of_run in (found, baseline))
-                    change = f"{(ours.mean() / theirs.mean() - 1) * 100:+.1f}%" if theirs.mean() else "–"
-                    bold = "**" if paired_test(ours, theirs) < 0.05 else ""
-                    cells.append(f"{bold}{change}{bold} ({len(seeds)})")
-                else:
-                    cells.append("")
-            if any(cells):
-                mean = mean_over_seeds(baseline, sorted(baseline)).mean()
-                rows.append(f"| {name}, {split} | {mean:.3f} ({len(baseline)}) | {' | '.join(cells)} |")
-    return rows
+    for name, source in args.data:
+        tables = []
+        for test in (test for test in tests if test[0] == name):
+            tables += [
+                "",
+                f"#### {name}, {test[1]} ({SPLITS[test[1]]})",
+                "",
+                *table_of_test(cells[test], differences[test]),
+            ]
+        if tables:
+            lines += ["", f"### {name}", "", *batch_table(args, name, found[name], files[name]), *tables]
+            lines += ["", f"`{command(args, name, source, found[name])}`"]
+    return lines
 
 
-def split_table(args: argparse.Namespace, name: str, comparison: Sequence[str], test: str) -> list[str]:
-    """The rows of one test set, by the seeds that both the variant and the baseline have; [] without one to compare."""
-    first = comparison[0]
-    of_variant = {variant: cells_of(args, name, variant, test) for variant in comparison}
-    baseline = of_variant[first]
-    compared_with = {variant for variant in comparison[1:] if of_variant[variant].keys() & baseline.keys()}
-    if not compared_with:
-        return []
-    queries = len(next(iter(baseline.values())))
+def read_cells(args: argparse.Namespace, name: str, variant: str) -> dict[int, dict]:
+    """``{seed: results.json}`` of the cells that are there."""
+    paths = {seed: results_file(args.out, name, variant, seed) for seed in range(args.seeds)}
+    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+
+
+def of_test(results: Mapping[int, dict], test: Path) -> Cells:
+    """What the cells say of one test set. By the file's name: the folder may have been elsewhere when the cell ran."""
+    return {
+        seed: values
+        for seed, of_cell in results.items()
+        for path, values in of_cell["per_query"].items()
+        if Path(path).name == test.name
+    }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant beside the baseline on one test set, by the first metric of each query, averaged over ``seeds``.
+
+    Args:
+        seeds: those that both have.
+        mean: of the paired differences.
+        interval: their 95% bootstrap interval over queries.
+        relative: of the mean to the baseline's, in %; NaN where that is 0.
+        p: of Fisher's paired randomisation test.
+    """
+
+    seeds: list[int]
+    mean: float
+    interval: tuple[float, float]
+    relative: float
+    p: float
+
+
+def differences_to_first(cells: Mapping[str, Cells]) -> dict[str, Difference]:
+    """Of every variant that shares a seed with the first one; the first differs from itself by nothing and is left out."""
+    (_, baseline), *others = cells.items()
+    differences = {}
+    for variant, found in others:
+        if seeds := sorted(found.keys() & baseline.keys()):
+            ours, theirs = (mean_over_seeds(of_run, seeds) for of_run in (found, baseline))
+            relative = (ours.mean() / theirs.mean() - 1) * 100 if theirs.mean() else math.nan
+            differences[variant] = Difference(
+                seeds, (ours - theirs).mean(), bootstrap_interval(ours - theirs), relative, paired_test(ours, theirs)
+            )
+    return differences
+
+
+def mean_over_seeds(cells: Cells, seeds: Sequence[int]) -> np.ndarray:
+    """The first metric of every query, in order of the query's id, averaged over the seeds."""
+    queries = sorted(cells[seeds[0]])
+    return np.mean([[cells[seed][query][METRICS[0]] for query in queries] for seed in seeds], axis=0)
+
+
+def summary_row(test: tuple[str, str], cells: Mapping[str, Cells], differences: Mapping[str, Difference]) -> str:
+    """The relative difference of every variant on one test set."""
+    first, *others = cells
+    columns = [f"{mean_over_seeds(cells[first], sorted(cells[first])).mean():.3f} ({len(cells[first])})"]
+    for variant in others:
+        if difference := differences.get(variant):
+            change = "–" if math.isnan(difference.relative) else f"{difference.relative:+.1f}%"
+            bold = "**" if difference.p < 0.05 else ""
+            columns.append(f"{bold}{change}{bold} ({len(difference.seeds)})")
+        else:
+            columns.append("")
+    return f"| {', '.join(test)} | {' | '.join(columns)} |"
+
+
+def table_of_test(cells: Mapping[str, Cells], differences: Mapping[str, Difference]) -> list[str]:
+    """The rows of one test set, by the seeds that both the variant and the baseline have."""
+    first = next(iter(cells))
     rows = [
-        f"{queries} queries.",
+        f"{len(next(iter(cells[first].values())))} queries.",
         "",
         f"| variant | seeds | {' | '.join(METRICS)} | difference in {METRICS[0]} | relative | p |",
         "|---" * (len(METRICS) + 5) + "|",
     ]
-    for variant in (variant for variant in comparison if variant == first or variant in compared_with):
-        found = of_variant[variant]
-        seeds = sorted(found.keys() & baseline.keys())
+    for variant in (first, *differences):
+        difference = differences.get(variant)
+        seeds = difference.seeds if difference else sorted(cells[first])
         values = []
         for metric in METRICS:
-            of_seeds = [np.mean([of_query[metric] for of_query in found[seed].values()]) for seed in seeds]
+            of_seeds = [np.mean([of_query[metric] for of_query in cells[variant][seed].values()]) for seed in seeds]
             spread = f" ± {np.std(of_seeds, ddof=1):.3f}" if len(seeds) > 1 else ""
             values.append(f"{np.mean(of_seeds):.3f}{spread}")
         compared = " | | "
-        if variant != first:
-            ours, theirs = (mean_over_seeds(cells, seeds) for cells in (found, baseline))
-            low, high = bootstrap_interval(ours - theirs)
-            relative = (ours.mean() / theirs.mean() - 1) * 100 if theirs.mean() else float("nan")
-            p = paired_test(ours, theirs)
-            compared = f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}] | {relative:+.1f}% | {p:.4f}"
+        if difference:
+            low, high = difference.interval
+            compared = (
+                f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}] | {difference.relative:+.1f}% | {difference.p:.4f}"
+            )
         rows.append(f"| {variant} | {len(seeds)} | {' | '.join(values)} | {compared} |")
     return rows
+
+
+def command(args: argparse.Namespace, name: str, source: Path | None, found: Mapping[str, Mapping[int, dict]]) -> str:
+    """What repeats the runs of a comparison on a data set, or of some of its rows: leave out the others but the first."""
+    folder = "" if source is None else "=DIR"
+    there = [variant for variant, results in found.items() if results]
+    seeds = max(map(len, found.values()))
+    words = ["python -m gcl_kernels.training.experiments", f"--data {name}{folder}", f"--seeds {seeds}"]
+    return " ".join([*words, *args.options, "--compare", *there])
 
 
 def novelty(args: argparse.Namespace, name: str, files: Files) -> str:
@@ -399,48 +454,27 @@ def novelty(args: argparse.Namespace, name: str, files: Files) -> str:
     return f"Of the different words of the novel queries, {seen}"
 
 
-def batch_table(args: argparse.Namespace, name: str, comparison: Sequence[str], files: Files) -> list[str]:
+def batch_table(
+    args: argparse.Namespace, name: str, found: Mapping[str, Mapping[int, dict]], files: Files
+) -> list[str]:
     """What each variant makes of the batches, and where its loss ends."""
     rows = [
         "| variant | rows of a batch | effective rows | documents of little weight | floor | loss | logit scale |",
         "|---" * 7 + "|",
     ]
-    for variant in comparison:
-        seeds = seeds_of(args, name, variant)
-        if not seeds:
+    for variant, cells in found.items():
+        if not cells:
             continue
-        facts = batch_statistics(training_options.parse_args(run_argv(args, name, variant, seeds[0], files)))
-        cells = [json.loads(results_file(args.out, name, variant, seed).read_text()) for seed in seeds]
-        losses = [np.mean(cell["loss"][-max(1, len(cell["loss"]) // 10) :]) for cell in cells if cell["loss"]]
+        facts = batch_statistics(training_options.parse_args(run_argv(args, name, variant, min(cells), files)))
+        losses = [np.mean(cell["loss"][-max(1, len(cell["loss"]) // 10) :]) for cell in cells.values() if cell["loss"]]
         loss = f"{np.mean(losses):.2f}" if losses else ""
-        scales = [cell["logit_scale"] for cell in cells if "logit_scale" in cell]
+        scales = [cell["logit_scale"] for cell in cells.values() if "logit_scale" in cell]
         scale = f"{np.mean(scales):.1f}" if scales else ""
         rows.append(
             f"| {variant} | {facts.rows:.0f} | {facts.effective_rows:.0f} | {facts.little_weight * 100:.0f}% | "
             f"{facts.floor:.2f} | {loss} | {scale} |"
         )
     return rows
-
-
-def cells_of(args: argparse.Namespace, name: str, variant: str, test: str) -> dict[int, dict[str, dict[str, float]]]:
-    """``{seed: {query: {metric: value}}}`` of the cells that are there."""
-    found = {
-        seed: json.loads(results_file(args.out, name, variant, seed).read_text())["per_query"]
-        for seed in seeds_of(args, name, variant)
-    }
-    # By name: the folder may have been elsewhere when the cell ran.
-    return {
-        seed: of_test
-        for seed, of_cell in found.items()
-        for path, of_test in of_cell.items()
-        if Path(path).name == Path(test).name
-    }
-
-
-def mean_over_seeds(cells: Mapping[int, Mapping[str, Mapping[str, float]]], seeds: Sequence[int]) -> np.ndarray:
-    """The first metric of every query, in order of the query's id, averaged over the seeds."""
-    queries = sorted(cells[seeds[0]])
-    return np.mean([[cells[seed][query][METRICS[0]] for query in queries] for seed in seeds], axis=0)
 
 
 if __name__ == "__main__":
