@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gcl_kernels import score_to_weight
-from gcl_kernels.training.data import Columns, PairFile
-from gcl_kernels.training.train import training_rows
+from gcl_kernels.training.train import read_pairs, training_rows, weighting
 
 LITTLE = 0.1
 """A document has little weight where its best pair weighs less than this share of the mean pair."""
@@ -36,14 +35,10 @@ class BatchStatistics:
 
 def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
     """The statistics of the run that ``args``, of :func:`parse_args`, describe; its training file is read."""
-    left, right = (dict(zip(keys, kinds, strict=True)) for keys, kinds in
-                   zip((args.left_keys, args.right_keys), args.img_or_txt, strict=True))  # fmt: skip
-    columns = Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
-    pairs = PairFile(args.train_data, columns, separator=args.csv_separator, dataset_type=args.dataset_type,
-                     check_images="none", skip_bad_rows=args.skip_bad_rows)  # fmt: skip
+    pairs = read_pairs(args, args.train_data, check_images="none")
     scores, ids, sampler = training_rows(args, pairs)
-    normalize = None if args.weight_normalize == "none" else args.weight_normalize
-    weigh = score_to_weight(args.score_to_weight, s_max=args.s_max, normalize=normalize)
+    options = weighting(args)
+    weigh = score_to_weight(options.pop("score_to_weight"), **options)
     rows, effective, floors = [], [], []
     for batch in itertools.islice(sampler, sampler.batches_per_epoch):
         weights = weigh(scores[batch]).double()

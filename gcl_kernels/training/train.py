@@ -101,19 +101,13 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     reset_peak_memory(device)
 
     # ---- data
-    left_kinds, right_kinds = (
-        dict(zip(keys, kinds, strict=True))
-        for keys, kinds in zip((args.left_keys, args.right_keys), args.img_or_txt, strict=True)
-    )
+    columns = columns_of(args)
+    left_kinds, right_kinds = columns.left, columns.right
     left_weights = dict(zip(args.left_keys, args.left_weights, strict=True))
     right_weights = dict(zip(args.right_keys, args.right_weights, strict=True))
-    columns = Columns(left_kinds, right_kinds, args.weight_key, args.query_id_key, args.doc_id_key)
 
     def read(path: str) -> PairFile:
-        pairs = PairFile(
-            path, columns, separator=args.csv_separator, dataset_type=args.dataset_type, check_images=args.check_images,
-            skip_bad_rows=args.skip_bad_rows,
-        )  # fmt: skip
+        pairs = read_pairs(args, path, check_images=args.check_images)
         if group.first:
             queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
             print(f"{path}: {len(pairs)} pairs, {queries} queries, {documents} documents")
@@ -171,12 +165,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     encode = grad_cache.cached(towers, micro_batch) if micro_batch else towers
 
     # ---- loss
-    loss_options: dict[str, Any] = {
-        "score_to_weight": args.score_to_weight,
-        "s_max": args.s_max if args.score_scaling == "none" else 100.0,
-        "normalize": None if args.weight_normalize == "none" else args.weight_normalize,
-        "process_group": group.group,
-    }
+    loss_options: dict[str, Any] = {**weighting(args), "process_group": group.group}
     try:
         loss_of_sides = gcl_kernels.GCLLoss(
             **loss_options, lhs_field_weights=left_weights, rhs_field_weights=right_weights
@@ -399,6 +388,32 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     }
     checkpoints.write_atomically(folder / "results.json", lambda new: new.write_text(json.dumps(results, indent=1)))
     return run
+
+
+def columns_of(args: argparse.Namespace) -> Columns:
+    """What the columns of the run's files mean."""
+    left, right = (
+        dict(zip(keys, kinds, strict=True))
+        for keys, kinds in zip((args.left_keys, args.right_keys), args.img_or_txt, strict=True)
+    )
+    return Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
+
+
+def read_pairs(args: argparse.Namespace, path: str, *, check_images: str) -> PairFile:
+    """One of the run's files."""
+    return PairFile(
+        path, columns_of(args), separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
+        skip_bad_rows=args.skip_bad_rows,
+    )  # fmt: skip
+
+
+def weighting(args: argparse.Namespace) -> dict[str, Any]:
+    """How the run's scores, as :func:`training_rows` returns them, become weights: options of ``GCLLoss``."""
+    return {
+        "score_to_weight": args.score_to_weight,
+        "s_max": args.s_max if args.score_scaling == "none" else 100.0,
+        "normalize": None if args.weight_normalize == "none" else args.weight_normalize,
+    }
 
 
 def training_rows(args: argparse.Namespace, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:

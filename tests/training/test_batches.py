@@ -57,5 +57,7 @@ def test_the_statistics_are_those_of_the_run(tmp_path):
     assert linear.effective_rows == pytest.approx(107**2 / (100**2 + 7))
     assert linear.little_weight == pytest.approx(7 / 8)
     assert linear.floor == 0
+    # Scores scaled to 1..100 end at 100, whatever the largest of unscaled ones would be.
+    assert statistics("--score-to-weight=inverse", "--s-max=200") == statistics("--score-to-weight=inverse")
     assert statistics("--score-to-weight=linear", "--min-score=50").rows == 1
     assert statistics("--score-to-weight=constant", "--false-negatives=avoid").rows == 2
