@@ -8,6 +8,7 @@ which is a result: it stands in the peer's cell. A name with a colon, ``module:f
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -30,10 +31,15 @@ def require(condition: bool, reason: str) -> None:
         raise Unsupported(reason)
 
 
-def package(name: str, module: str | None = None) -> Any:
+def package(module: str) -> Any:
+    return imported(lambda: importlib.import_module(module))
+
+
+def imported(load: Callable[[], Any]) -> Any:
+    """``load()``. A peer may fail to import in ways of its own; that is its result."""
     try:
-        return importlib.import_module(module or name)
-    except Exception as error:  # a peer may fail to import in ways of its own; that is its result
+        return load()
+    except Exception as error:
         raise Unsupported(f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
 
 
@@ -57,7 +63,10 @@ def ours(case: Case) -> Loss:
     if case.fields == 1 and not case.ids and case.directions == "both" and case.n == case.m:
         clip = ClipLoss()
         return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
+    return any_case(case, gcl_loss)
 
+
+def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
     def loss(x: Inputs) -> Tensor:
         rhs = x.rhs[0] if len(x.rhs) == 1 else {str(i): y for i, y in enumerate(x.rhs)}
         left, right = x.ids or (None, None)
@@ -75,10 +84,7 @@ def open_clip_module() -> Any:
 def open_clip(case: Case) -> Loss:
     plain_pairs(case)
     require(case.directions == "both", "has both directions only")
-    try:
-        clip = open_clip_module().ClipLoss()
-    except Exception as error:
-        raise Unsupported(f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
+    clip = imported(lambda: open_clip_module().ClipLoss())
     return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
 
 
@@ -92,12 +98,7 @@ def dense(case: Case) -> Loss:
     """The formula as it stands in ``reference``: what somebody who needs fields or ids would write."""
     import reference
 
-    def loss(x: Inputs) -> Tensor:
-        rhs = x.rhs[0] if len(x.rhs) == 1 else {str(i): y for i, y in enumerate(x.rhs)}
-        left, right = x.ids or (None, None)
-        return reference.gcl_loss(x.lhs, rhs, x.logit_scale, directions=case.directions, lhs_ids=left, rhs_ids=right)
-
-    return loss
+    return any_case(case, reference.gcl_loss)
 
 
 def scaled(x: Inputs) -> Tensor:
@@ -125,35 +126,27 @@ def as_rows(case: Case) -> None:
     require(case.directions == "lhs_to_rhs" or case.n == case.m, "takes M = N only for columns")
 
 
-def linear_cross_entropy(case: Case) -> Loss:
-    """As it is by default, with the logits in memory."""
-    as_rows(case)
-    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
-    require(function is not None, f"not in torch {torch.__version__}")
-    return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels))  # pyright: ignore
-
-
-def linear_cross_entropy_chunked(case: Case) -> Loss:
+def linear_cross_entropy(case: Case, *, chunked: bool = False) -> Loss:
+    """With the logits in memory, as it is by default; or ``chunked``."""
     as_rows(case)
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     chosen = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    require(function is not None and chosen is not None, f"not in torch {torch.__version__}")
-    options = chosen()  # pyright: ignore
-    return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels, options=options))  # pyright: ignore
+    require(function is not None and (chosen is not None or not chunked), f"not in torch {torch.__version__}")
+    options = {"options": chosen()} if chunked else {}  # pyright: ignore
+    return both_directions(case, functools.partial(function, **options))  # pyright: ignore
 
 
 def cut_cross_entropy(case: Case) -> Loss:
     as_rows(case)
     on_gpu(case)
     require(case.dtype in ("bf16", "fp16"), "takes bf16 and fp16 only")
-    function = package("cut_cross_entropy").linear_cross_entropy
-    return both_directions(case, lambda rows, columns, labels: function(rows, columns, labels))
+    return both_directions(case, package("cut_cross_entropy").linear_cross_entropy)
 
 
 def liger(case: Case) -> Loss:
     as_rows(case)
     on_gpu(case)
-    module = package("liger_kernel", "liger_kernel.transformers")
+    module = package("liger_kernel.transformers")
     loss = module.LigerFusedLinearCrossEntropyLoss()
     return both_directions(case, lambda rows, columns, labels: loss(columns, rows, labels))
 
@@ -183,8 +176,8 @@ def sentence_transformers(case: Case) -> Loss:
     require(case.directions != "rhs_to_lhs", "both directions, or lhs to rhs")
     with contextlib.suppress(Exception):
         open_clip_module()  # transformers imports torchvision, which beside CPU-only torch can be imported only after this
-    losses = package("sentence_transformers", "sentence_transformers.losses")
-    utilities = package("sentence_transformers", "sentence_transformers.util")
+    losses = package("sentence_transformers.losses")
+    utilities = package("sentence_transformers.util")
     options: dict[str, Any] = {"scale": case.logit_scale, "similarity_fct": utilities.dot_score}
     if case.directions == "both":
         options |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -202,7 +195,7 @@ PEERS: dict[str, Callable[[Case], Loss]] = {
     "open_clip_compiled": open_clip_compiled,
     "dense": dense,
     "linear_cross_entropy": linear_cross_entropy,
-    "linear_cross_entropy_chunked": linear_cross_entropy_chunked,
+    "linear_cross_entropy_chunked": functools.partial(linear_cross_entropy, chunked=True),
     "cut_cross_entropy": cut_cross_entropy,
     "liger": liger,
     "inf_cl": inf_cl,
