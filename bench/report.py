@@ -114,11 +114,15 @@ def table(cells: Sequence[Cell], title: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def about(result: dict[str, Any]) -> str:
+def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    where = machine.get("gpu") or f"{machine['threads']} threads of {machine['cpu']} ({machine['capability']})"
+    chip = machine.get("gpu") or f"{machine['threads']} threads of {machine['cpu']} ({machine['capability']})"
+    return f"{chip}, torch {machine['torch']}"
+
+
+def about(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{NAMES[k]} {v}" for k, v in result["versions"].items() if v and k != "open_clip_compiled")
-    return f"Measured on {result['date']}: {where}, torch {machine['torch']}. {versions}."
+    return f"Measured on {result['date']}: {where(result)}. {versions}."
 
 
 def grouped(cells: Iterable[Cell]) -> dict[Case, list[Cell]]:
@@ -241,11 +245,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    machine = result["machine"]
-    where = machine.get("gpu") or f"{machine['threads']} threads of {machine['cpu']} ({machine['capability']})"
     case = case_of((scaling(cells) or cells)[0])
     figure.suptitle(
-        f"Measured (circles): {where}, torch {machine['torch']}; D = {case.d} unless said, {case.dtype}, {case.draw}, "
+        f"Measured (circles): {where(result)}; D = {case.d} unless said, {case.dtype}, {case.draw}, "
         f"logit_scale {case.logit_scale:g}",
         fontsize=10,
     )
@@ -256,19 +258,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def lines_by_peer(cells: Sequence[Cell], x: str, value, axis) -> None:
     for peer in dict.fromkeys(c["peer"] for c in cells):
         rows = sorted((c for c in cells if c["peer"] == peer), key=lambda c: c[x])
-        axis.plot(
-            [c[x] for c in rows],
-            [value(c) for c in rows],
-            "o-",
-            ms=4,
-            color=COLOURS.get(peer, "#000000"),
-            label=name_of(peer),
-        )
+        curve(axis, peer, [c[x] for c in rows], [value(c) for c in rows])
 
 
-def floors(cells: Sequence[Cell]) -> list[float]:
-    """Seconds, see ``FLOOR``."""
-    return [6 * c["n"] * c["m"] * c["d"] / (1e12 * c["gemm_tflops"]) for c in cells]
+def curve(axis, peer: str, x: Sequence[float], y: Sequence[float]) -> None:
+    axis.plot(x, y, "o-", ms=4, color=COLOURS.get(peer, "#000000"), label=name_of(peer))
+
+
+def floor(cells: Sequence[Cell], x: str, axis) -> None:
+    """The model's seconds, see ``FLOOR``."""
+    ours = [c for c in cells if c["peer"] == "ours"]
+    seconds = [6 * c["n"] * c["m"] * c["d"] / (1e12 * c["gemm_tflops"]) for c in ours]
+    axis.plot([c[x] for c in ours], seconds, ":", color="grey", label=FLOOR)
 
 
 def batch_axis(axis, ns: Sequence[int]) -> None:
@@ -285,8 +286,7 @@ def time_over_n(cells, axis) -> bool:
     cells = scaling(cells)
     if axis is not None:
         lines_by_peer(cells, "n", median, axis)
-        ours = [c for c in cells if c["peer"] == "ours"]
-        axis.plot([c["n"] for c in ours], floors(ours), ":", color="grey", label=FLOOR)
+        floor(cells, "n", axis)
         batch_axis(axis, [c["n"] for c in cells])
         axis.set(yscale="log", ylabel="seconds", title="Forward and backward")
         axis.legend(frameon=False, fontsize=8)
@@ -309,14 +309,7 @@ def small_batches(cells, axis) -> bool:
         peers = dict.fromkeys(p for c in cells for p in c["over"])
         for peer in peers:
             rows = [c for c in cells if peer in c["over"]]
-            axis.plot(
-                [c["n"] for c in rows],
-                [c["over"][peer] for c in rows],
-                "o-",
-                ms=4,
-                color=COLOURS.get(peer, "#000000"),
-                label=name_of(peer),
-            )
+            curve(axis, peer, [c["n"] for c in rows], [c["over"][peer] for c in rows])
         axis.axhline(1, color="grey", lw=1)
         batch_axis(axis, [c["n"] for c in cells])
         axis.set(ylim=(0, None), ylabel="times as fast as", title="Small batches")
@@ -343,14 +336,7 @@ def over_d(cells, axis) -> bool:
     cells = varying(cells, "d")
     if axis is not None:
         lines_by_peer(cells, "d", median, axis)
-        ours = [c for c in cells if c["peer"] == "ours"]
-        axis.plot(
-            [c["d"] for c in ours],
-            [case_of(c).flops / (1e12 * c["gemm_tflops"]) for c in ours],
-            ":",
-            color="grey",
-            label=FLOOR,
-        )
+        floor(cells, "d", axis)
         axis.set(xlabel="D", ylabel="seconds", title=f"Dimension, N = {cells[0]['n']:,}", ylim=(0, None))
         axis.legend(frameon=False, fontsize=8)
     return len(cells) > 1
