@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from bench.cases import Case, build
-from bench.measure import machine, memory_mib, reset_peak
+from bench.measure import FREED_IS_FREED, machine, memory_mib, reset_peak
 from gcl_kernels import ClipLoss, __version__, gcl_loss
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,9 +37,8 @@ WORLDS = (2, 3, 4)
 
 # The model: bfloat16 embeddings, batch 4M.
 MODEL_N, MODEL_D = 4 * 2**20, 768
-MODEL_FLOPS = (
-    400e12  # a second and GPU: 40% of an H100's dense bfloat16 peak, to hold for the loss's products; TF32 half of it
-)
+# A second and GPU: 40% of an H100's dense bfloat16 peak, to hold for the loss's products; TF32 half of it.
+MODEL_FLOPS = 400e12
 MODEL_BANDWIDTH = 50e9  # bytes a second sent by each GPU: a 400 Gb/s link each
 ROWS_THAT_HIDE = MODEL_FLOPS / MODEL_BANDWIDTH  # 2 r² D FLOPs of a step take as long as sending r D numbers of 2 bytes
 MODEL_WORLDS = tuple(2**k for k in range(3, 11))
@@ -139,8 +138,7 @@ def measured_on_rank(rank: int, world: int, path: str, method: str, results: Any
 
 def measure(method: str, world: int) -> dict:
     """The largest over ranks of each figure."""
-    # Freed memory goes back to the system, or a step would use again what drawing its inputs has left, uncounted.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ.update(FREED_IS_FREED)
     # forked from one process that has imported what they need
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.distributed", "gcl_kernels.training.openclip"])

@@ -267,12 +267,15 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+# Environment of a process whose memory is measured: what it frees goes back to the system. Otherwise glibc keeps some of the
+# inputs' temporaries, which a step takes over, uncounted.
+FREED_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
 def in_fresh_process(module: str, *arguments: str) -> str:
     """Last line that ``python -m module arguments`` prints."""
-    # Freed memory goes back to the system: a step would otherwise use again what drawing its inputs has left, uncounted.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", module, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **FREED_IS_FREED})
     if result.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)}: exit {result.returncode}\n{result.stderr[-2000:]}")
     return result.stdout.strip().splitlines()[-1]

@@ -1,22 +1,19 @@
 """Peak memory of a step on the CPU beside what ``gcl_kernels.plan`` predicts: ``python -m bench.memory`` (two minutes).
 
 Each figure comes from a fresh process: peak resident memory over what is resident once the inputs are there, less the gradients.
-The process frees what it frees (``MALLOC_MMAP_THRESHOLD_``): otherwise glibc keeps some of the inputs' temporaries, which a step
-then takes over or not, and the figure says more about them than about the loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from bench.measure import memory_mib, reset_peak
+from bench.measure import in_fresh_process, memory_mib, reset_peak
 from gcl_kernels import ClipLoss, plan
 from gcl_kernels.chips import Chip
 
@@ -56,16 +53,8 @@ SWEEP = (
 
 def measured(case: Case) -> float:
     """Extra MiB, in a fresh process."""
-    environment = {
-        **os.environ,
-        "GCL_KERNELS_WORKSPACE_MIB": str(case.budget_mib),
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }
-    command = [sys.executable, "-m", "bench.memory", "--of", case.loss, str(case.n), str(case.d), case.dtype]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{case}: exit {result.returncode}\n{result.stderr[-2000:]}")
-    return float(result.stdout.split()[-1])
+    arguments = "--of", case.loss, str(case.n), str(case.d), case.dtype
+    return float(in_fresh_process("bench.memory", *arguments))
 
 
 def measure_here(name: str, n: int, d: int, dtype: str) -> float:

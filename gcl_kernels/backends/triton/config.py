@@ -41,9 +41,8 @@ class Config:
     masked_forward: Tile  # with ids or several labels a row, whose values need registers beside the logits
     masked_backward: Tile
     descriptors: bool = False  # tensor descriptors (TMA where the chip has it) instead of pointers
-    keeping: Tile | None = (
-        None  # the forward that stores exponentials, unmasked; None: as the backward, which stores as much
-    )
+    # The forward that stores exponentials, unmasked; None: as the backward, which stores as much.
+    keeping: Tile | None = None
 
     def tile(self, backward: bool, masked: bool, keep: bool = False) -> Tile:
         if keep and self.keeping is not None and not masked:
