@@ -45,11 +45,9 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
             loss = peer(name)(case)
             if exact is not None:
                 row["error"] = errors(loss, inputs, exact)
-            before = product()
             seconds = step(loss, inputs, case)
             if seconds >= LONG_SECONDS:
                 once[name] = seconds
-                row["of_gemm"] = case.flops * (before + product()) / 2 / seconds
             else:
                 seconds = step(loss, inputs, case)
                 tasks[name] = repeated(loss, inputs, case, BURST if seconds < SHORT_SECONDS else 1)
@@ -71,7 +69,7 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
             continue
         row["seconds"] = times[name]
         row["tflops"] = case.flops / statistics.median(times[name]) / 1e12
-        if name not in once:
+        if name not in once:  # products of half a second before and after say little of the minutes between
             row["of_gemm"] = case.flops * median_ratio(per_flop, times[name])
         if name == "ours":
             row["over"] = {other: median_ratio(times[other], times[name]) for other in times if other != name}

@@ -80,9 +80,16 @@ def duration(seconds: float) -> str:
 
 
 def spread(cell: Cell) -> str:
-    """Least and greatest of the turns over their median."""
+    """Least and greatest of the turns over their median; of a step that was measured once, nothing."""
+    if len(cell["seconds"]) == 1:
+        return ""
     low, high = min(cell["seconds"]) / median(cell), max(cell["seconds"]) / median(cell)
     return f"{low - 1:+.0%} {high - 1:+.0%}"
+
+
+def rate(cell: Cell) -> str:
+    """Of the GEMM's; a step that was measured once has none, having had no turn beside one."""
+    return f"{cell['of_gemm']:.0%}" if "of_gemm" in cell else ""
 
 
 # Tables.
@@ -105,7 +112,7 @@ def table(cells: Sequence[Cell], title: str) -> str:
         error = cell.get("error") or {}
         lines.append(
             "| " + " | ".join([
-                name, duration(median(cell)), spread(cell), f"{cell['tflops']:.3g}", f"{cell['of_gemm']:.0%}",
+                name, duration(median(cell)), spread(cell), f"{cell['tflops']:.3g}", rate(cell),
                 f"{ratios[cell['peer']]:.2f}x" if cell["peer"] in ratios else "",
                 f"{cell['extra_mib']:,.0f} MiB" if cell.get("extra_mib") is not None else "",
                 *(f"{error[k]:.1e}" if k in error else "" for k in ("loss", "lhs", "rhs", "logit_scale")),
@@ -140,11 +147,11 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
         "    make curves    # the scaling curves; a quarter of an hour on 2 cores",
         "    python -m bench --help", "",
         "Ours and its peers take turns in one process, with a matrix product between them; times are medians over turns, "
-        "ratios medians of each turn's ratio, and a step of over 20 seconds is measured once. TFLOP/s count the least work "
-        "without N x M memory: 8 N M D for both directions, 6 for one, 2 for a forward alone. Ours does less on a CPU where its "
-        "workspace budget holds exponentials from one pass to the next, and the dense losses do 12: a rate above the GEMM's is "
-        "no mistake, nor what a loss's products ran at. Extra memory is the peak over inputs and gradients, on a CPU in a fresh "
-        "process. Errors are relative to float64, by norm.",
+        "ratios medians of each turn's ratio, and a step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
+        "least work without N x M memory: 8 N M D for both directions, 6 for one, 2 for a forward alone. Ours does less on a "
+        "CPU where its workspace budget holds exponentials from one pass to the next, and the dense losses do 12: a rate above "
+        "the GEMM's is no mistake, nor what a loss's products ran at. Extra memory is the peak over inputs and gradients, on a "
+        "CPU in a fresh process. Errors are relative to float64, by norm.",
         "",
     ]  # fmt: skip
     for name, result in results.items():
@@ -201,7 +208,7 @@ def readme_table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {n:,} | {duration(median(ours))} | {duration(median(dense)) if dense else 'not run'} | "
             f"{'' if faster is None else f'{faster:.2f}x'} | {work(case_of(ours)):.1f} N²D | "
-            f"{'' if len(ours['seconds']) == 1 else format(ours['of_gemm'], '.0%')} | {memory[0]} | {memory[1]} |"
+            f"{rate(ours)} | {memory[0]} | {memory[1]} |"
         )
     lines += [
         "",
