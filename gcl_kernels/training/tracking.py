@@ -11,7 +11,8 @@ from gcl_kernels.training.data import InputError
 class Tracker:
     """Sends numbers to each of ``names``, a comma between them: tensorboard, wandb; "" is none.
 
-    A run that goes on from ``step`` replaces what was logged after it.
+    A run that goes on from ``step`` goes on with its curves: TensorBoard's replace what was logged after that step, those of
+    Weights & Biases keep it, the numbers being the same. The latter's name for the run stands in ``folder/wandb_id``.
     """
 
     def __init__(self, names: str, folder: Path, options: dict[str, Any], step: int = 0) -> None:
@@ -25,7 +26,13 @@ class Tracker:
             if "wandb" in chosen:
                 import wandb  # pyright: ignore[reportMissingImports]
 
-                self._wandb = wandb.init(project="gcl_kernels", name=folder.name, config=options, resume="allow")
+                known = folder / "wandb_id"
+                identity = known.read_text().strip() if step and known.exists() else None
+                folder.mkdir(parents=True, exist_ok=True)
+                self._wandb = wandb.init(
+                    project="gcl_kernels", name=folder.name, config=options, dir=folder, id=identity, resume="allow"
+                )
+                known.write_text(self._wandb.id)
         except ImportError as error:
             raise InputError(
                 f"--report-to: expected the package {error.name}, got none: pip install {error.name}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +199,38 @@ def test_the_best_and_the_last_checkpoints_of_a_run_are_kept(options, tmp_path):
     first_best = max(history, key=lambda line: (line["NDCG@10"], -line["step"]))
     assert (best["step"], best["best"]) == (first_best["step"], first_best["NDCG@10"])
     assert list((tmp_path / "best" / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_goes_on_with_its_curves(options, tmp_path, monkeypatch):
+    """In Weights & Biases, by what its package is called with."""
+    runs = []
+
+    class Run:
+        def __init__(self, **given):
+            self.given, self.id = given, given["id"] or f"run{len(runs)}"
+            self.logged, self.finished = [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+    data = options[0].removeprefix("--train-data=")
+    argv = [*options, "--name=first", f"--val-data={data}", "--report-to=wandb", "--log-every-n-steps=1"]
+    run = train.train(parse_args([*argv, "--steps=2"]))
+    train.train(parse_args([*argv, "--steps=3", "--resume=latest"]))
+    train.train(parse_args([*argv, "--steps=1"]))
+    assert [made.id for made in runs] == ["run0", "run0", "run2"]
+    assert all(made.finished for made in runs)
+    assert (runs[0].given["name"], runs[0].given["config"]["steps"]) == ("first", 2)
+    losses = [(step, values["loss"]) for step, values in runs[0].logged if "loss" in values]
+    assert losses == [(1, run.losses[0]), (2, run.losses[1])]
+    assert [step for step, values in runs[1].logged if "loss" in values] == [3]
+    of_test = {name: value for _, values in runs[0].logged for name, value in values.items() if "/" in name}
+    assert of_test[f"{Path(data).stem}/NDCG@10"] == run.evaluations[data].means["NDCG@10"]
 
 
 def test_resuming_with_other_options_says_so_and_other_weights_are_refused(options, tmp_path, capsys):
