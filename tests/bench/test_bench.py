@@ -154,6 +154,9 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
         cell("ours", 0.1, ids=True),
         cell("ours", 0.1, logit_scale=1.0),
     ]
+    once = cell("ours", 0.1, n=1024, m=1024) | {"seconds": [200.0], "over": {}}
+    del once["of_gemm"]
+    cells.append(once)
     machine = {"threads": 2, "cpu": "a CPU", "capability": "AVX2", "torch": "2", "gpu": None}
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
@@ -165,6 +168,10 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     text = report.bench_readme({"run.json": result})
     assert "## run" in text
     assert "N = 256, D = 64" in text
+    assert "| gcl_kernels | 51.2 s | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    # A step that was measured once has neither a spread nor a rate.
+    assert "| gcl_kernels | 200 s |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
     assert report.read(tmp_path / "absent.json") == {"cells": []}
 
 

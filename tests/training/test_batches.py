@@ -59,5 +59,6 @@ def test_the_statistics_are_those_of_the_run(tmp_path):
     assert linear.floor == 0
     # Scores scaled to 1..100 end at 100, whatever the largest of unscaled ones would be.
     assert statistics("--score-to-weight=inverse", "--s-max=200") == statistics("--score-to-weight=inverse")
-    assert statistics("--score-to-weight=linear", "--min-score=50").rows == 1
+    few = statistics("--score-to-weight=linear", "--min-score=50")
+    assert (few.rows, few.little_weight) == (1, 0)
     assert statistics("--score-to-weight=constant", "--false-negatives=avoid").rows == 2

@@ -94,12 +94,29 @@ def test_cells_run_once_and_one_that_fails_is_named(toy, tmp_path, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in cells.values()}
 
 
+def test_the_tables_are_there_after_each_seed(toy, tmp_path, monkeypatch):
+    report = tmp_path / "out" / "results.md"
+    before = []
+
+    def run_cell(args, name, variant, seed, files):
+        before.append((seed, variant, "| toy, in-domain |" in report.read_text() if report.exists() else False))
+        write_cell(args.out, variant, seed, {"q": 0.5})
+        return True
+
+    monkeypatch.setattr(experiments, "run_cell", run_cell)
+    assert main([*toy, "--seeds=2", "--compare", "constant", "log"]) == 0
+    assert before == [(0, "constant", False), (0, "log", False), (1, "constant", True), (1, "log", True)]
+    assert "| toy, in-domain | 0.500 (2) | +0.0% (2) |" in report.read_text()
+
+
 def test_the_tables_are_paired_by_query_and_seed(toy, tmp_path):
     out = tmp_path / "out"
     queries = [f"q{n}" for n in range(8)]
+    level = {query: n / 64 for n, query in enumerate(queries)}
     for seed in range(2):
-        write_cell(out, "constant", seed, dict.fromkeys(queries, 0.25 + seed / 4))
-        write_cell(out, "log", seed, dict.fromkeys(reversed(queries), 0.5 + seed / 4), logit_scale=20.0)
+        write_cell(out, "constant", seed, {query: 0.25 - 7 / 128 + seed / 4 + level[query] for query in queries})
+        cell = {query: 0.5 - 7 / 128 + seed / 4 + level[query] for query in reversed(queries)}
+        write_cell(out, "log", seed, cell, logit_scale=20.0)
     # Without the same seed of the baseline a cell tells nothing, and without a cell there is no row.
     write_cell(out, "linear", 3, dict.fromkeys(queries, 1.0))
     report = out / "results.md"

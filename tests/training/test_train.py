@@ -16,7 +16,7 @@ from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.data import InputError
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
 from gcl_kernels.training.options import parse_args, parse_kinds, parse_list, parse_weights
-from gcl_kernels.training.train import learning_rate, train
+from gcl_kernels.training.train import freeze_all_but, learning_rate, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
@@ -338,6 +338,18 @@ def test_a_locked_tower_and_one_without_a_field_do_not_train(pairs_file):
             assert ((weight - changed[name]).abs().max() < 1e-20) == (name in frozen), name
         # A weight that no field uses would not change either, but processes would wait for its gradient.
         assert in_optimizer == len(first) - len(frozen)
+
+
+def test_the_bias_of_another_loss_does_not_train():
+    """Models for a sigmoid loss have one; no gradient reaches it, and processes would wait for it."""
+    model = import_open_clip().CLIP(
+        8,
+        {"image_size": 16, "patch_size": 16, "layers": 1, "width": 8, "head_width": 8},
+        {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1},
+        init_logit_bias=-10.0,
+    )
+    freeze_all_but(model, {"img", "txt"})
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["logit_bias"]
 
 
 def test_no_steps_evaluate_the_model_as_it_is(pairs_file):
