@@ -43,7 +43,7 @@ def test_effective_numbers_are_the_rows_of_equal_weight():
 
 def test_the_statistics_are_those_of_the_run(tmp_path):
     path = tmp_path / "pairs.csv"
-    path.write_text("\n".join(["query,title,score", *(f"q{n % 2},t{n},{100 if n == 0 else 1}" for n in range(8))]))
+    path.write_text("\n".join(["query,title,score", *(f"q{n % 2},t{n},{100 if n == 7 else 1}" for n in range(8))]))
     argv = [f"--train-data={path}", "--left-keys=query", "--right-keys=title", "--weight-key=score", "--batch-size=8"]
 
     def statistics(*options):
