@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gcl_kernels import score_to_weight
-from gcl_kernels.training.train import read_pairs, training_rows, weighting
+from gcl_kernels.training.options import weighting
+from gcl_kernels.training.train import read_pairs, training_rows
 
 LITTLE = 0.1
 """A document has little weight where its best pair weighs less than this share of the mean pair."""
@@ -37,8 +38,7 @@ def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
     """The statistics of the run that ``args``, of :func:`parse_args`, describe; its training file is read."""
     pairs = read_pairs(args, args.train_data, check_images="none")
     scores, ids, sampler = training_rows(args, pairs)
-    options = weighting(args)
-    weigh = score_to_weight(options.pop("score_to_weight"), **options)
+    weigh = score_to_weight(args.score_to_weight, **weighting(args))
     rows, effective, floors = [], [], []
     for batch in itertools.islice(sampler, sampler.batches_per_epoch):
         weights = weigh(scores[batch]).double()

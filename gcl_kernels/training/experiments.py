@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gcl_kernels import score_to_weight
 from gcl_kernels.training import emoji, glyphs
 from gcl_kernels.training import options as training_options
 from gcl_kernels.training.batches import LITTLE, batch_statistics
@@ -171,10 +170,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"expected further options as --NAME=VALUE, got {unknown}")
     args.compare = args.compare or [list(FUNCTIONS)]
     for variant in variants(args):
-        try:
-            score_to_weight(variant.split("+")[0])
-        except ValueError as error:
-            parser.error(f"--compare: {variant}: {error}")
         # What a run would refuse is refused before the first one.
         training_options.parse_args(
             ["--train-data=-", "--left-keys=-", "--right-keys=-", "--weight-key=-", *args.options, *options_of(variant)]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gcl_kernels import score_to_weight
 from gcl_kernels.training.metrics import NAMES
 from gcl_kernels.training.openclip import TINY_MODEL
 
@@ -47,6 +48,15 @@ def parse_kinds(text: str) -> list[list[str]]:
     if len(kinds) != 2 or not all(isinstance(side, (list, tuple)) and set(side) <= {"txt", "img"} for side in kinds):
         raise argparse.ArgumentTypeError(f"expected two lists of 'txt' and 'img', got {text}")
     return [list(side) for side in kinds]
+
+
+def parse_knots(text: str) -> list[list[float]]:
+    """``1:0.1,50:1,100:5`` or ``"[[1, 0.1], [50, 1], [100, 5]]"``: scores and their weights."""
+    try:
+        pairs = [knot.split(":") if isinstance(knot, str) else knot for knot in parse_list(text)]
+        return [[float(score), float(weight)] for score, weight in pairs]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected SCORE:WEIGHT pairs, a comma between them, got {text}") from None
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -151,7 +161,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--score-to-weight", default="log",
-                      help="log, linear, inverse_sqrt (the best of the GCL paper), inverse, constant (plain CLIP)")  # fmt: skip
+                      help="log, linear, inverse_sqrt (the best of the GCL paper), inverse, constant (plain CLIP), piecewise",
+                      )  # fmt: skip
+    loss.add_argument("--knots", type=parse_knots, metavar="SCORE:WEIGHT,...",
+                      help="of --score-to-weight piecewise, which is linear between them: 1:0.1,50:1,100:5")  # fmt: skip
     loss.add_argument("--score-scaling", choices=("minmax", "none"), default="minmax",
                       help="minmax: scores become int((s - min) / (max - min) * 99 + 1) over the training file, as in "
                       "evaluation; none: scores are in [1, s_max] already")  # fmt: skip
@@ -250,6 +263,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{side}-weights: expected {len(keys)} weights as in --{side}-keys, got {len(weights)}")
         if len(kinds) != len(keys):
             parser.error(f"--img-or-txt: expected {len(keys)} {side} kinds as in --{side}-keys, got {len(kinds)}")
+    try:
+        score_to_weight(args.score_to_weight, **weighting(args))
+    except ValueError as error:
+        argument, _, fault = str(error).partition(":")
+        parser.error(f"--{argument.replace('_', '-')}:{fault}")
     if args.doc_meta and len(args.doc_meta) != len(args.val_data):
         files, corpora = len(args.val_data), len(args.doc_meta)
         parser.error(f"--doc-meta: expected one file for each of the {files} in --val-data, got {corpora}")
@@ -272,3 +290,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"expected --warmup and --wd >= 0, got {args.warmup} and {args.wd}")
     args.name = args.name or time.strftime("%Y_%m_%d-%H_%M_%S")
     return args
+
+
+def weighting(args: argparse.Namespace) -> dict[str, Any]:
+    """What goes with ``args.score_to_weight`` to :func:`gcl_kernels.score_to_weight`, for scores as the run scales them."""
+    return {
+        "s_max": args.s_max if args.score_scaling == "none" else 100.0,
+        "knots": args.knots,
+        "normalize": None if args.weight_normalize == "none" else args.weight_normalize,
+    }

@@ -42,6 +42,7 @@ from gcl_kernels.training.evaluate import (
 )
 from gcl_kernels.training.memory import peak_memory, reset_peak_memory
 from gcl_kernels.training.openclip import create_model
+from gcl_kernels.training.options import weighting
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.tracking import Tracker
 
@@ -165,13 +166,12 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     encode = grad_cache.cached(towers, micro_batch) if micro_batch else towers
 
     # ---- loss
-    loss_options: dict[str, Any] = {**weighting(args), "process_group": group.group}
-    try:
-        loss_of_sides = gcl_kernels.GCLLoss(
-            **loss_options, lhs_field_weights=left_weights, rhs_field_weights=right_weights
-        )
-    except ValueError as error:
-        raise InputError(f"--score-to-weight: {error}") from None
+    loss_options: dict[str, Any] = {
+        "score_to_weight": args.score_to_weight,
+        **weighting(args),
+        "process_group": group.group,
+    }
+    loss_of_sides = gcl_kernels.GCLLoss(**loss_options, lhs_field_weights=left_weights, rhs_field_weights=right_weights)
     # Equal field weights, the default, make it the mean over all (left, right) pairs of fields.
     loss_of_field_pairs = gcl_kernels.GCLLoss(**loss_options, field_mode="pairwise")
 
@@ -405,15 +405,6 @@ def read_pairs(args: argparse.Namespace, path: str, *, check_images: str) -> Pai
         path, columns_of(args), separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
         skip_bad_rows=args.skip_bad_rows,
     )  # fmt: skip
-
-
-def weighting(args: argparse.Namespace) -> dict[str, Any]:
-    """How the run's scores, as :func:`training_rows` returns them, become weights: options of ``GCLLoss``."""
-    return {
-        "score_to_weight": args.score_to_weight,
-        "s_max": args.s_max if args.score_scaling == "none" else 100.0,
-        "normalize": None if args.weight_normalize == "none" else args.weight_normalize,
-    }
 
 
 def training_rows(args: argparse.Namespace, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:

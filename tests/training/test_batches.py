@@ -59,6 +59,9 @@ def test_the_statistics_are_those_of_the_run(tmp_path):
     assert linear.floor == 0
     # Scores scaled to 1..100 end at 100, whatever the largest of unscaled ones would be.
     assert statistics("--score-to-weight=inverse", "--s-max=200") == statistics("--score-to-weight=inverse")
+    # Through the same weights at both ends, a straight line is the linear function.
+    piecewise = statistics("--score-to-weight=piecewise", "--knots=1:1,100:100")
+    assert piecewise.effective_rows == pytest.approx(linear.effective_rows)
     few = statistics("--score-to-weight=linear", "--min-score=50")
     assert (few.rows, few.little_weight) == (1, 0)
     assert statistics("--score-to-weight=constant", "--false-negatives=avoid").rows == 2

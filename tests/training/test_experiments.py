@@ -56,7 +56,7 @@ def test_the_command_line_of_a_comparison(capsys):
     for argv, fault in (
         (["--data", "nothing"], "expected one of glyphs, chorus, chorus-minilm, emoji, got nothing"),
         (["--lr", "1e-3"], "expected further options as --NAME=VALUE, got ['1e-3']"),
-        (["--compare", "constant", "cubic"], "--compare: cubic: score_to_weight: expected one of"),
+        (["--compare", "constant", "cubic"], "--score-to-weight: expected one of"),
         (["--compare", "constant", "log+lr=-1"], "--lr: expected a number > 0, got -1"),
         (["--compare", "constant", "log+speed=1"], "unrecognized arguments: --speed=1"),
         (["--speed=1"], "unrecognized arguments: --speed=1"),

@@ -15,7 +15,7 @@ from PIL import Image
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.data import InputError
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
-from gcl_kernels.training.options import parse_args, parse_kinds, parse_list, parse_weights
+from gcl_kernels.training.options import parse_args, parse_kinds, parse_knots, parse_list, parse_weights
 from gcl_kernels.training.train import freeze_all_but, learning_rate, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
@@ -99,6 +99,10 @@ def test_scores_decide_the_loss_unless_the_weights_are_constant(pairs_file):
     header, *lines = pairs_file.read_text().splitlines()
     flat.write_text("\n".join([header, *(line.rsplit(",", 1)[0] + ",7" for line in lines)]))
     assert run(flat, "--steps=1", "--score-to-weight=inverse_sqrt").losses == pytest.approx(constant)
+    linear = run(pairs_file, "--steps=1", "--score-to-weight=linear").losses
+    assert linear != pytest.approx(constant)
+    line = ["--score-to-weight=piecewise", "--knots=1:1,100:100"]
+    assert run(pairs_file, "--steps=1", *line).losses == pytest.approx(linear)
 
 
 def test_the_same_query_and_the_same_document_are_no_negatives(tmp_path):
@@ -191,7 +195,6 @@ def test_a_bad_file_is_one_line_and_status_2_without_a_traceback(pairs_file):
         (["--val-data=none.csv"], "none.csv: expected a readable file, got 'No such file or directory'"),
         (["--val-data={path}", "--doc-meta={meta}"],
          "{path}: expected all documents in the corpus, got 18 of 18 that are not, first 'a red square_{{!@#~}}_"),
-        (["--score-to-weight=cubic"], "--score-to-weight: "),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_used_are_one_line_and_status_2(pairs_file, capsys, options, fault):
@@ -217,6 +220,21 @@ def test_options_that_cannot_be_used_are_one_line_and_status_2(pairs_file, capsy
         (["--left-keys=[__import__('os')]"], "expected a Python list or comma-separated values"),
         (["--val-data", "a.csv", "b.csv", "--doc-meta=c.json"], "--doc-meta: expected one file for each of the 2"),
         (["--csv-separator=ab"], "--csv-separator: expected one character, got 'ab'"),
+        (["--score-to-weight=cubic"], "--score-to-weight: expected one of 'constant', 'linear'"),
+        (
+            ["--score-to-weight=piecewise"],
+            "--knots: expected with 'piecewise' and only there, got None with 'piecewise'",
+        ),
+        (
+            ["--knots=1:1,100:2"],
+            "--knots: expected with 'piecewise' and only there, got [[1.0, 1.0], [100.0, 2.0]] with 'log'",
+        ),
+        (
+            ["--score-to-weight=piecewise", "--knots=1:1,100"],
+            "expected SCORE:WEIGHT pairs, a comma between them, got 1:1,100",
+        ),
+        (["--score-to-weight=piecewise", "--knots=1:1,50:2"], "scores increasing from <= 1 to >= 100"),
+        (["--score-to-weight=piecewise", "--knots=1:1,50:2", "--s-max=50"], "scores increasing from <= 1 to >= 100"),
         (["--batch-size=0"], "expected a number > 0, got 0"),
         (["--lr=nan"], "expected a number > 0, got nan"),
         (["--epochs=two"], "invalid int value: 'two'"),
@@ -243,6 +261,7 @@ def test_lists_are_literals_or_comma_separated():
         == ["title", "image"]
     )
     assert parse_weights("[0.1, .9]") == parse_weights("0.1,0.9") == [0.1, 0.9]
+    assert parse_knots("[[1, 0.1], (100, 5)]") == parse_knots("1:0.1, 100:5") == [[1, 0.1], [100, 5]]
     assert parse_kinds("[['txt'], ['txt', 'img']]") == parse_kinds("txt;txt,img") == [["txt"], ["txt", "img"]]
     with pytest.raises(argparse.ArgumentTypeError):
         parse_kinds("txt")
