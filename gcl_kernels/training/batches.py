@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gcl_kernels import score_to_weight
 from gcl_kernels.training.options import weighting
-from gcl_kernels.training.train import read_pairs, training_rows
+from gcl_kernels.training.train import pair_file, training_rows
 
 LITTLE = 0.1
 """A document has little weight where its best pair weighs less than this share of the mean pair."""
@@ -36,7 +36,7 @@ class BatchStatistics:
 
 def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
     """The statistics of the run that ``args``, of :func:`parse_args`, describe; its training file is read."""
-    pairs = read_pairs(args, args.train_data, check_images="none")
+    pairs = pair_file(args, args.train_data, check_images="none")
     scores, ids, sampler = training_rows(args, pairs)
     weigh = score_to_weight(args.score_to_weight, **weighting(args))
     rows, effective, floors = [], [], []

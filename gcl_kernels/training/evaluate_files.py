@@ -16,7 +16,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--context-length", type=parse_list, help="[[77], [0, 77]]; the largest counts, 0 is the model's own"
     )
     parser.add_argument("--top-q", type=int, default=2000,
-                        help="queries drawn with the sum of their grades as weight; -1: all. Another draw than the authors': "
-                        "--gt_results_path repeats theirs")  # fmt: skip
+                        help="queries drawn with the sum of their grades as weight, as the authors draw them; -1: all",
+                        )  # fmt: skip
     parser.add_argument("--top-k", type=positive(int), default=1000, help="documents ranked for each query")
     parser.add_argument("--doc-id-key", default="product_id")
     parser.add_argument("--query-id-key", help="default: the left columns, each followed by _{!@#~}_")
@@ -96,6 +96,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.metric_only and not (args.test_csv and args.doc_meta):
         parser.error("expected --test_csv and --doc-meta, or --metric-only")
+    if args.top_q < 1 and args.top_q != -1:
+        parser.error(f"--top-q: expected a number > 0, or -1 for all, got {args.top_q}")
     for side, keys, weights, kinds in zip(
         ("left", "right"), (args.left_keys, args.right_keys), (args.left_weights, args.right_weights), args.img_or_txt,
         strict=True,
@@ -187,18 +189,26 @@ def ground_truth(args: argparse.Namespace, pairs: Pairs) -> dict[str, dict[str, 
     weight: dict[str, float] = {}
     for query, gain in zip(pairs.query_ids, minmax_grades(pairs.scores), strict=True):
         weight[query] = weight.get(query, 0) + gain
-    queries = list(weight)
-    if 0 <= args.top_q < len(queries):
-        chances = torch.tensor(list(weight.values()), dtype=torch.float64)
-        drawn = torch.multinomial(chances, args.top_q, generator=torch.Generator().manual_seed(1))
-        queries = [queries[place] for place in drawn.tolist()]
-    queries.sort(key=lambda query: -weight[query])
+    queries = sorted(draw_queries(weight, args.top_q), key=lambda query: -weight[query])
     grades = {
         query: dict(sorted(of_query.items(), key=lambda item: -item[1])[: args.top_k])
         for query, of_query in grades_of(pairs, queries).items()
     }
     write_json(path, grades)
     return grades
+
+
+def draw_queries(weight: Mapping[str, float], count: int) -> list[str]:
+    """``count`` of the queries, drawn by weight without replacement; all of them where ``count`` is -1 or they are fewer.
+
+    The draw is the authors': pandas' ``sample(n=count, weights=..., random_state=1)`` from queries in alphabetical order.
+    """
+    queries = sorted(weight)
+    if count < 0 or count >= len(queries):
+        return queries
+    chances = np.array([weight[query] for query in queries], dtype=np.float64)
+    drawn = np.random.RandomState(1).choice(len(queries), count, replace=False, p=chances / chances.sum())
+    return [queries[place] for place in drawn]
 
 
 def read_grades(path: Path) -> dict[str, dict[str, int]]:

@@ -108,7 +108,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     right_weights = dict(zip(args.right_keys, args.right_weights, strict=True))
 
     def read(path: str) -> PairFile:
-        pairs = read_pairs(args, path, check_images=args.check_images)
+        pairs = pair_file(args, path, check_images=args.check_images)
         if group.first:
             queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
             print(f"{path}: {len(pairs)} pairs, {queries} queries, {documents} documents")
@@ -399,7 +399,7 @@ def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
 
 
-def read_pairs(args: argparse.Namespace, path: str, *, check_images: str) -> PairFile:
+def pair_file(args: argparse.Namespace, path: str, *, check_images: str) -> PairFile:
     """One of the run's files."""
     return PairFile(
         path, columns_of(args), separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,

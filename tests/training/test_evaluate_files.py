@@ -12,7 +12,7 @@ from hypothesis import given
 from PIL import Image
 
 from gcl_kernels.training.evaluate import grade
-from gcl_kernels.training.evaluate_files import CUTS, main, write_results
+from gcl_kernels.training.evaluate_files import CUTS, draw_queries, main, write_results
 from gcl_kernels.training.openclip import TINY_MODEL
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 
@@ -130,9 +130,16 @@ def test_a_ground_truth_that_cannot_be_used_is_one_line_and_status_2(files, caps
     assert len(message.splitlines()) == 1
 
 
-def test_the_most_searched_queries_are_drawn_more_often(files):
+def test_queries_are_drawn_as_the_authors_draw_them(files, capsys):
+    weight = {f"query {n}": n + 1 for n in reversed(range(12))}
+    # What pandas 3.1 gives for .groupby("query").sum().sample(n=4, weights="weight", random_state=1).
+    assert draw_queries(weight, 4) == ["query 3", "query 7", "query 0", "query 11"]
+    assert draw_queries(weight, -1) == draw_queries(weight, 12) == sorted(weight)
     assert evaluate(files, "--top-q=1") == 0
     assert len(json.loads((files / "out" / "gt_results.json").read_text())) == 1
+    with pytest.raises(SystemExit):
+        evaluate(files, "--top-q=0")
+    assert "--top-q: expected a number > 0, or -1 for all, got 0" in capsys.readouterr().err
 
 
 @given(st.integers(0, 2**31), st.sampled_from([3, 40]), st.sampled_from([1, 100]))
