@@ -23,7 +23,8 @@ class Evaluation:
     """The ranking of every query and how good it is.
 
     ``ranking`` (Q, K) holds positions in ``document_ids``, best first; ``gains`` (Q, K) the grades of those documents,
-    0 where not judged; ``scores`` (Q, K) the similarities; ``per_query`` the metrics, (Q,) each; ``means`` their means.
+    0 where not judged; ``judged`` (Q, J) every grade of a query, padded with 0; ``holes`` (Q, K) bool, documents that were
+    judged for no query at all; ``scores`` (Q, K) the similarities; ``per_query`` the metrics, (Q,) each; ``means`` their means.
     """
 
     query_ids: list[str]
@@ -31,6 +32,7 @@ class Evaluation:
     ranking: Tensor
     gains: Tensor
     judged: Tensor
+    holes: Tensor
     per_query: dict[str, Tensor]
     means: dict[str, float]
     scores: Tensor | None = None
@@ -200,6 +202,10 @@ def grades_of(pairs: Pairs, query_ids: Sequence[str]) -> dict[str, dict[str, int
     return grades
 
 
+NOTHING = ""
+"""The id that fills rankings of fewer documents than others; never judged, and no document."""
+
+
 def grade(grades: Grades, document_ids: list[str], ranking: Tensor, scores: Tensor | None = None) -> Evaluation:
     """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in :class:`Evaluation`."""
     gains = torch.tensor(
@@ -212,9 +218,11 @@ def grade(grades: Grades, document_ids: list[str], ranking: Tensor, scores: Tens
     judged = torch.zeros(len(grades), max(1, *(len(of_query) for of_query in grades.values())), dtype=torch.float64)
     for row, of_query in enumerate(grades.values()):
         judged[row, : len(of_query)] = torch.tensor(list(of_query.values()), dtype=torch.float64)
+    known = {document for of_query in grades.values() for document in of_query} | {NOTHING}
+    holes = torch.tensor([document not in known for document in document_ids])[ranking]
     per_query = all_metrics(gains, judged)
     means = {name: float(values.mean()) for name, values in per_query.items()}
-    return Evaluation(list(grades), document_ids, ranking, gains, judged, per_query, means, scores)
+    return Evaluation(list(grades), document_ids, ranking, gains, judged, holes, per_query, means, scores)
 
 
 def random_ranking(pairs: Pairs, document_ids: list[str], *, top_k: int = 1000, seed: int = 0) -> Evaluation:

@@ -27,6 +27,7 @@ from gcl_kernels.training.checkpoint import write_atomically
 from gcl_kernels.training.data import DataError, InputError, Pairs, read_documents, read_pairs, shown
 from gcl_kernels.training.encode import FieldEncoder
 from gcl_kernels.training.evaluate import (
+    NOTHING,
     Corpus,
     Evaluation,
     embed,
@@ -310,14 +311,14 @@ def from_files(args: argparse.Namespace) -> Evaluation:
             f"{path}: expected a ranking for every query, got none for {len(missing)}, first '{missing[0]}'; they score 0"
         )
     documents = list(dict.fromkeys(document for query in grades for document in found.get(query, ())))
-    place = {document: number for number, document in enumerate([*documents, ""])}
+    place = {document: number for number, document in enumerate([*documents, NOTHING])}
     width = max((len(found.get(query, ())) for query in grades), default=0)
-    ranking = torch.full((len(grades), width), place[""])
+    ranking = torch.full((len(grades), width), place[NOTHING])
     for row, query in enumerate(grades):
         # Equal scores stay in the order of the file.
         best = sorted(found.get(query, {}).items(), key=lambda item: -item[1])
         ranking[row, : len(best)] = torch.tensor([place[document] for document, _ in best], dtype=torch.int64)
-    return grade(grades, [*documents, ""], ranking)
+    return grade(grades, [*documents, NOTHING], ranking)
 
 
 def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with: Path | None) -> None:
@@ -341,6 +342,7 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
         "precision": {f"P@{k}": mean(precision(gains, judged, k)) for k in cuts},
         "recall": {f"Recall@{k}": mean(recall(gains, judged, k)) for k in cuts},
         "mrr": {f"MRR@{k}": mean(reciprocal_rank(gains[:, :k], judged)) for k in cuts},
+        "hole": {f"Hole@{k}": mean(evaluation.holes[:, :k].sum(dim=1) / k) for k in cuts},
         "acc": {f"Accuracy@{k}": mean((gains[:, :k] > 0).any(dim=1).double()) for k in cuts},
         "summary": summary,
         "queries": len(evaluation.query_ids),

@@ -68,7 +68,7 @@ def test_the_files_are_those_of_the_authors_and_bad_input_is_counted(files, caps
         assert found.keys() == {"1", "2", "3"}
         assert list(found.values()) == sorted(found.values(), reverse=True)
     output = json.loads((folder / "output.json").read_text())
-    assert {"mAP", "ndcg", "precision", "recall", "mrr", "acc", "summary"} <= output.keys()
+    assert {"mAP", "ndcg", "precision", "recall", "mrr", "hole", "acc", "summary"} <= output.keys()
     assert output["ndcg"].keys() == {f"NDCG@{k}" for k in CUTS}
     with (folder / "output.csv").open() as file:
         (line,) = csv.DictReader(file)
@@ -110,6 +110,17 @@ def test_a_given_ground_truth_decides_the_queries(files, capsys):
     assert evaluate(files, f"--gt_results_path={path}") == 0
     assert "got 1 of 2 that it does not have, first 'other'; left out" in capsys.readouterr().out
     assert list(json.loads((files / "out" / "retrieval.json").read_text())) == ["red thing_{!@#~}_"]
+    # Of the three documents found one is judged.
+    assert json.loads((files / "out" / "output.json").read_text())["hole"]["Hole@3"] == pytest.approx(2 / 3)
+
+
+def test_holes_are_documents_that_no_query_has_judged(tmp_path):
+    (tmp_path / "gt_results.json").write_text(json.dumps({"p": {"a": 3}, "q": {"b": 1}}))
+    found = {"p": {"x": 0.9, "b": 0.8, "a": 0.7}, "q": {"b": 0.5}}  # b was judged, for the other query
+    (tmp_path / "retrieval.json").write_text(json.dumps(found))
+    assert main([f"--output-dir={tmp_path}", "--metric-only"]) == 0
+    holes = json.loads((tmp_path / "output.json").read_text())["hole"]
+    assert [holes[f"Hole@{k}"] for k in (1, 2, 4)] == [1 / 2, 1 / 4, 1 / 8]
 
 
 @pytest.mark.parametrize(
