@@ -293,6 +293,8 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
                 top_k=args.top_k,
                 batch_size=EMBED_ROWS,
             )
+            # A run that ends between its last checkpoint and its results evaluates that checkpoint again.
+            history[:] = [line for line in history if (line["step"], line["test"]) != (step, path)]
             history.append({"step": step, "test": path, **run.evaluations[path].means})
             tracker.log(
                 step, {f"{Path(path).stem}/{name}": value for name, value in run.evaluations[path].means.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -88,6 +89,20 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_never_killed(options, tmp_
     assert_equal(expected["state_dict"], got["state_dict"])
     assert_equal(expected["optimizer"], got["optimizer"])
     assert_equal(expected["gcl_kernels"]["random"], got["gcl_kernels"]["random"])
+
+
+def test_a_run_killed_before_its_results_are_written_evaluates_once(options, tmp_path):
+    data = options[0].removeprefix("--train-data=")
+    argv = [*options, "--name=run", "--steps=2", f"--val-data={data}", "--val-steps=1"]
+    results = tmp_path / "run" / "results.json"
+    train.train(parse_args(argv))
+    whole = json.loads(results.read_text())
+    results.unlink()
+    train.train(parse_args([*argv, "--resume=latest"]))
+    again = json.loads(results.read_text())
+    assert [line["step"] for line in whole["history"]] == [1, 2]
+    for key in ("loss", "history", "metrics", "per_query"):
+        assert again[key] == whole[key]
 
 
 def assert_equal(expected, got):
