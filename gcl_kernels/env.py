@@ -17,6 +17,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # names the build, +cpu or +cu130, which the package's metadata may leave out
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
