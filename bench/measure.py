@@ -69,7 +69,7 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
             continue
         row["seconds"] = times[name]
         row["tflops"] = case.flops / statistics.median(times[name]) / 1e12
-        if name not in once:  # products of half a second before and after say little of the minutes between
+        if name not in once:  # it had no turn beside a product, whose rate changes within seconds
             row["of_gemm"] = case.flops * median_ratio(per_flop, times[name])
         if name == "ours":
             row["over"] = {other: median_ratio(times[other], times[name]) for other in times if other != name}
