@@ -140,6 +140,14 @@ def test_failures_are_results(quick, monkeypatch):
     assert rows["ours"]["seconds"]
 
 
+def test_a_long_step_is_measured_once_and_has_no_rate(quick, monkeypatch):
+    monkeypatch.setattr(measure, "LONG_SECONDS", 0.0)
+    (row,) = measure.cell_rows(cases.Case("cpu", "fp32", 48, 48, 16), ["ours"], 3, error=False)
+    assert len(row["seconds"]) == 1
+    assert row["tflops"] > 0
+    assert "of_gemm" not in row
+
+
 def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     def cell(peer, seconds, **changes):
         case = replace(cases.Case("cpu", "fp32", 256, 256, 512), **changes)
