@@ -28,6 +28,12 @@ from torch import Tensor
 from . import backends
 from .validation import check_choice, may_read
 
+if dist.is_available():
+    # torch's compiler and open_clip import it in the middle of things, and its functions keep the group that there is then, as a
+    # default argument. That group's threads outlive destroy_process_group, and one that frees a tensor while Python shuts down
+    # aborts the process. Here there is no group yet, as a rule.
+    import torch.distributed.nn.functional
+
 TRANSPORTS = ("all_gather", "ring")
 MESSAGE_BYTES = 1024  # of one rank's part of the agreement
 
@@ -75,7 +81,7 @@ class Ranks:
 
     def all_columns(self, x: Tensor) -> Tensor:
         """(M, ...) of every rank's x (cols[rank], ...), in rank order; differentiable, every rank's use of it counted."""
-        return _Gather.apply(x, self.cols, self.group, self.rank)  # pyright: ignore[reportReturnType]
+        return all_rows(x, self.cols, self.group, "a statistic")
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x, alike in shape, over ranks; differentiable, every rank's use of it counted."""
@@ -274,23 +280,28 @@ class Shift:
         return self.got
 
 
+@outside_compiled_graphs
+def all_rows(x: Tensor, sizes: Sequence[int], group: Any, what: str) -> Tensor:
+    """Every rank's x (sizes[rank], ...) one after the other; differentiable, every rank's use of it counted."""
+    return _Gather.apply(x, sizes, group, what)  # pyright: ignore[reportReturnType]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, sizes, group, rank):
-        ctx.sizes, ctx.group, ctx.rank = sizes, group, rank
-        return gather(x, sizes, group, "the gathering of a statistic")
+    def forward(ctx, x, sizes, group, what):
+        ctx.sizes, ctx.group, ctx.what = sizes, group, what
+        return gather(x, sizes, group, f"the gathering of {what}")
 
     @staticmethod
     def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts = bring_home(g, ctx.sizes, ctx.group, ctx.rank, "the gathering of a statistic's gradient")
-        return parts.sum(dim=0), None, None, None
+        what = f"the exchange of gradients of {ctx.what}"
+        return bring_home(g, ctx.sizes, ctx.group, dist.get_rank(ctx.group), what).sum(dim=0), None, None, None
 
 
 @outside_compiled_graphs
 def total(x: Tensor, group: Any) -> Tensor:
     """The sum over ranks of x, alike in shape on all; in rank order, differentiable, every rank's use of it counted."""
-    parts = _Gather.apply(x[None], (1,) * dist.get_world_size(group), group, dist.get_rank(group))
-    return parts.sum(dim=0)  # pyright: ignore[reportOptionalMemberAccess]
+    return all_rows(x[None], (1,) * dist.get_world_size(group), group, "a sum over ranks").sum(dim=0)
 
 
 def sum_values(x: Tensor, factor: float, group: Any) -> Tensor:

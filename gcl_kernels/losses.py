@@ -308,13 +308,8 @@ class ClipLoss(nn.Module):
 
     def _gather(self, features: Tensor) -> Tensor:
         """(world_size * N, D), of ``local_loss``; it has a gradient only under ``gather_with_grad``, as in open_clip."""
-        if self.gather_with_grad:
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(list(all_gather(features)))
-        parts = [torch.empty_like(features) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, features.detach().contiguous())
-        return torch.cat(parts)
+        mine = features if self.gather_with_grad else features.detach()
+        return distributed.all_rows(mine, (len(mine),) * self.world_size, torch.distributed.group.WORLD, "features")
 
 
 def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str, backend: str | None):

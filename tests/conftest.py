@@ -1,4 +1,6 @@
 import os
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,25 +20,24 @@ def two_ranks(tmp_path):
     """Runs ``function(rank)`` in two gloo processes; returns their results."""
 
     def run(function):
-        path = tmp_path / "rendezvous"
-        context = torch.multiprocessing.get_context("spawn")
-        results = context.SimpleQueue()
-        ranks = [context.Process(target=_rank, args=(function, rank, str(path), results)) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        got = dict(results.get() for _ in ranks)
-        for process in ranks:
-            process.join()
-            assert process.exitcode == 0
-        return [got[rank] for rank in range(2)]
+        torch.multiprocessing.spawn(_rank, (function, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+        return [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
     return run
 
 
-def _rank(function, rank, path, results):
+def _rank(rank, function, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        results.put((rank, function(rank)))
+        result = function(rank)
     finally:
         torch.distributed.destroy_process_group()
+    expect_no_gloo_threads()
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def expect_no_gloo_threads():
+    """A group that something still refers to keeps its threads, and may abort the process at its end."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in names if "gloo" in name]

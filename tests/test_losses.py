@@ -14,6 +14,8 @@ from gcl_kernels.backends import torch_chunked
 from gcl_kernels.training.openclip import import_open_clip
 from tests.test_lse import DENSE_FORMS, LargestTensor, Products, accuracy_floor, as_given
 
+open_clip = import_open_clip()
+
 weights_like = st.sampled_from(("none", "uniform", "zeros", "huge", "one"))
 
 
@@ -295,7 +297,7 @@ def test_gcl_loss_module_does_not_look_at_scores_beside_no_label():
 def test_clip_loss_is_open_clip_s(problem):
     batch = problem.build(torch.float32)
     image, text = batch.lhs[: problem.n], batch.rhs[: problem.n]
-    open_clip_loss = import_open_clip().ClipLoss()
+    open_clip_loss = open_clip.ClipLoss()
 
     def run(module, dtype, form):
         inputs = [x.detach().to(dtype).requires_grad_() for x in (image, text, batch.logit_scale)]
@@ -310,7 +312,7 @@ def test_clip_loss_is_open_clip_s(problem):
 
 
 def test_clip_loss_arguments_are_open_clip_s():
-    open_clip_loss = import_open_clip().ClipLoss
+    open_clip_loss = open_clip.ClipLoss
     image, text = torch.randn(6, 4), torch.randn(6, 4)
     bias = torch.zeros(1, requires_grad=True)
     for module in (open_clip_loss(False, True, True, 0, 1), ClipLoss(False, True, True, 0, 1)):
@@ -327,7 +329,6 @@ FLAGS = [(False, False), (False, True), (True, False), (True, True)]
 
 def clip_losses_on_rank(rank):
     """For each flag combination: (loss, gradients) of open_clip's and of ours on this rank."""
-    open_clip = import_open_clip()
     results = []
     for local_loss, gather_with_grad in FLAGS:
         for kind in (open_clip.ClipLoss, ClipLoss):
@@ -351,7 +352,6 @@ def test_clip_loss_on_two_ranks_is_open_clip_s(two_ranks):
 
 def test_clip_loss_inside_open_clip_s_training_step():
     """A real open_clip model, its own forward's dict spread into the loss as open_clip_train does, five steps each."""
-    open_clip = import_open_clip()
     config = {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},

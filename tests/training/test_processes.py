@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from PIL import Image
 
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.train import train
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -26,9 +29,11 @@ def options(tmp_path):
 
 
 def test_two_processes_of_torchrun_train_what_one_does(options, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gcl_kernels.training",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.training.rank",
                *options, f"--val-data={tmp_path / 'pairs.csv'}", "--name=two", "--batch-size=5"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("16 pairs, 5 queries, 16 documents") == 2, "the first process prints, once a file"
     one = train(parse_args([*options, "--name=one", "--batch-size=10"]))
