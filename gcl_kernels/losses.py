@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,24 +12,31 @@ from torch import Tensor, nn
 
 from . import distributed
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
+from .forward_mode import refuse_forward_mode
+from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
 from .lse import check_inputs
 from .row_losses import denominator, leave_out_absent, row_losses
-from .score_to_weight import ScoreToWeight, score_to_weight
-from .validation import (
-    check_choice,
-    check_fraction,
-    check_pair,
-    check_tensor,
-    check_weights,
+from .score_to_weight import Knots, ScoreToWeight, score_to_weight
+from .types import (
+    BACKENDS,
+    DIRECTIONS,
+    FIELD_MODES,
+    REDUCTIONS,
+    TRANSPORTS,
+    Backend,
+    Directions,
+    FieldMode,
+    Reduction,
+    ScoreToWeightName,
+    Transport,
+    WeightNormalization,
 )
+from .validation import DTYPES, check_choice, check_fraction, check_pair, check_tensor, check_weights
 
 if TYPE_CHECKING:  # some builds of torch have no distributed
     from torch.distributed import ProcessGroup
 
-
-DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
-REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
-FIELD_MODES = ("aggregate", "pairwise")
+ROW_SHARE: dict[Directions, float] = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}  # the formula's a
 
 Side = Tensor | Mapping[str, Tensor]
 
@@ -46,70 +54,84 @@ def gcl_loss(
     rhs_field_weights: FieldWeights = None,
     lhs_field_mask: Tensor | None = None,
     rhs_field_mask: Tensor | None = None,
-    field_mode: str = "aggregate",
-    directions: str = "both",
-    reduction: str = "mean",
+    field_mode: FieldMode = "aggregate",
+    directions: Directions = "both",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    process_group: ProcessGroup | None = None,
-    transport: str = "all_gather",
-    backend: str | None = None,
+    process_group: ProcessGroupLike = None,
+    transport: Transport = "all_gather",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Weighted two-direction softmax loss of Generalized Contrastive Learning (arXiv 2404.08535), without N x M memory.
 
-    With ``s_ij = logit_scale <x_i, y_j>``, labels t and pair weights w::
+    With `s_ij = logit_scale <x_i, y_j>`, labels t and pair weights w:
 
         l_i = w_i * ( a * (row_i - s_{i,t_i})  +  (1 - a) * (col_{t_i} - s_{i,t_i}) )
         row_i = logsumexp_j s_ij        col_j = logsumexp_i s_ij        over visible pairs
 
     Args:
-        lhs, rhs: (N, D) and (M, D) tensors used as given, or mappings of fields (N, D) that are aggregated first.
+        lhs: (N, D) embeddings, used as given, or a mapping of fields (N, D), which are aggregated first.
+        rhs: (M, D) embeddings or a mapping of fields (M, D), likewise.
         logit_scale: 1 / temperature: a float or a one-element tensor, which may need a gradient.
-        weights: w >= 0, shaped as labels; None: 1, plain CLIP. See ``score_to_weight``.
-        labels: (N,) or (N, P): columns of row i's positives, -1 for none (then l_i = 0, but the row stays a negative for the
-            columns). With P positives l_i is the sum over them. Default ``t_i = i``, needing M >= N; columns beyond the
-            labelled ones are negatives for every row.
-        lhs_ids, rhs_ids: int64 ids, (N,) or (N, K) and (M,) or (M, K). A pair with an equal id >= 0 in any channel is a
-            false negative and is left out, unless labelled.
-        lhs_field_weights, rhs_field_weights, lhs_field_mask, rhs_field_mask: as in ``aggregate_fields``.
-        field_mode: ``"aggregate"``: one vector a side. ``"pairwise"``: l_i is the sum over (f, g) of beta_fg l_i(L_f, R_g)
-            of the normalised fields, beta_fg = u_f v_g (weights summing to 1 a side); a pair leaves out the rows and
-            documents that lack its field.
-        directions: ``"both"`` (a = 1/2), ``"lhs_to_rhs"`` (a = 1) or ``"rhs_to_lhs"`` (a = 0). One direction computes one.
-        reduction: ``"mean"`` = sum(l) / N, ``"weighted_mean"`` = sum(l) / sum(w) over labelled rows (0 where that is 0),
-            ``"sum"``, or ``"none"`` = l (N,).
+        weights: w >= 0, shaped as labels. None means 1, which is plain CLIP. See `score_to_weight`.
+        labels: (N,) or (N, P): columns of row i's positives, -1 for none. With P positives l_i is the sum over them. A row
+            without a positive has l_i = 0 and stays a negative for the columns. The default is `t_i = i`, which needs M >= N;
+            columns beyond the labelled ones are negatives for every row.
+        lhs_ids: int64 ids of the rows, (N,) or (N, K). A pair with an equal id >= 0 in any of the K channels is a false negative:
+            it is left out of both logsumexps, unless it is labelled.
+        rhs_ids: int64 ids of the columns, (M,) or (M, K).
+        lhs_field_weights: of the fields of lhs, as `weights` in `aggregate_fields`.
+        rhs_field_weights: of the fields of rhs.
+        lhs_field_mask: (N, F) bool, which fields a row has, as `mask` in `aggregate_fields`.
+        rhs_field_mask: (M, F) bool, likewise.
+        field_mode: `"aggregate"` makes one vector a side. `"pairwise"` takes every pair of fields: l_i is the sum over (f, g) of
+            beta_fg l_i(L_f, R_g) of the normalised fields, beta_fg = u_f v_g, the weights summing to 1 on each side. A pair of
+            fields leaves out the rows and columns that lack its field.
+        directions: `"both"` (a = 1/2), `"lhs_to_rhs"` (a = 1) or `"rhs_to_lhs"` (a = 0). One direction computes one.
+        reduction: `"mean"` is sum(l) / N. `"weighted_mean"` is sum(l) / sum(w) over labelled rows, 0 where sum(w) is 0. `"sum"`
+            is sum(l). `"none"` is l, (N,).
         label_smoothing: e in [0, 1]: each (lse - s_pos) becomes (1 - e) (lse - s_pos) + e (lse - mean s). The mean is over
-            all columns (rows), hidden by ids or not: it costs O(N D).
+            all columns (rows), hidden by ids or not. It costs O(N D).
         z_loss: c >= 0: adds c * lse^2 to each direction (PaLM, arXiv 2204.02311).
-        process_group, transport: as in ``pairwise_logsumexp``: every rank passes its own rows of everything. Fields are
-            aggregated first, so one vector a document travels.
-        backend: as in ``pairwise_logsumexp``.
+        process_group: as in `pairwise_logsumexp`: every rank passes its own rows of everything. Fields are aggregated first,
+            so one vector a row travels.
+        transport: as in `pairwise_logsumexp`.
+        backend: as in `pairwise_logsumexp`.
+
+    A `DTensor` is taken where it is `Shard(0)` beside a process group over the same ranks, or `Replicate()` without one: its
+    local rows are used, and gradients go back to it.
 
     Returns:
-        0-d loss, or (N,) for ``"none"``; float32 (float64 for float64 inputs). With a process group each rank gets its own rows'
-        share: ``"mean"`` world * sum(l) / (all ranks' N), ``"weighted_mean"`` world * sum(l) / (all ranks' sum(w)), ``"sum"``
-        world * sum(l), so that the mean over ranks is the loss of the joined batch and the gradient that
-        DistributedDataParallel averages over ranks is its gradient; ``"none"`` its own l.
+        0-d loss, or (N,) for `"none"`; float32 (float64 for float64 inputs). With a process group each rank gets its own rows'
+        share: world * sum(l) / (all ranks' N) for `"mean"`, world * sum(l) / (all ranks' sum(w)) for `"weighted_mean"`,
+        world * sum(l) for `"sum"`. The mean over ranks is then the loss of the joined batch, and the gradient that
+        DistributedDataParallel averages over ranks is its gradient. For `"none"` each rank gets its own l.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: for forward-mode derivatives and `torch.func.grad`, which `gcl_kernels.reference` has.
     """
-    distributed.check_group(process_group, transport)
-    with distributed.shared_failure(process_group):
-        check_choice("directions", directions, tuple(DIRECTIONS))
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("field_mode", field_mode, FIELD_MODES)
-        check_fraction("label_smoothing", label_smoothing, 1.0)
-        check_fraction("z_loss", z_loss, math.inf)
+    group = resolve_group(process_group)
+    distributed.check_group(group, transport)
+    with distributed.shared_failure(group):
+        _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
+        refuse_forward_mode("gcl_loss", logit_scale, weights, *_tensors(lhs), *_tensors(rhs))
+        lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
+        logit_scale = local_tensor("logit_scale", logit_scale, group)
+        weights, labels = local_tensor("weights", weights, group), local_tensor("labels", labels, group)
+        lhs_ids, rhs_ids = local_tensor("lhs_ids", lhs_ids, group), local_tensor("rhs_ids", rhs_ids, group)
+        lhs_field_mask = local_tensor("lhs_field_mask", lhs_field_mask, group)
+        rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
         x, y = left[0][1], right[0][1]
         check_pair(x, y)
         check_weights(weights, labels, x.shape[0], x.device)
-        if process_group is not None:
+        if group is not None:
             x, y, _, _ = check_inputs(x, y, logit_scale, labels, lhs_ids, rhs_ids, backend, distributed=True)
     ranks = None
-    if process_group is not None:
+    if group is not None:
         alike = {
             "directions": directions,
             "reduction": reduction,
@@ -119,7 +141,7 @@ def gcl_loss(
             "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
             "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
         }
-        ranks = distributed.agree(process_group, transport, x, y, logit_scale, labels, lhs_ids, alike)
+        ranks = distributed.agree(group, transport, x, y, logit_scale, labels, lhs_ids, alike)
 
     divisor = denominator(weights, labels, x, reduction, ranks)
     loss = x.new_zeros(())
@@ -128,7 +150,7 @@ def gcl_loss(
             visible = leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
             pair = row_losses(
                 x, y, logit_scale, weights, *visible, has_x, has_y,
-                DIRECTIONS[directions], label_smoothing, z_loss, None if divisor is None else u * v / divisor,
+                ROW_SHARE[directions], label_smoothing, z_loss, None if divisor is None else u * v / divisor,
                 ranks, backend,
             )  # fmt: skip
             loss = loss + u * v * pair
@@ -138,32 +160,92 @@ def gcl_loss(
 
 
 class GCLLoss(nn.Module):
-    """:func:`gcl_loss` of ranking scores: ``forward(lhs, rhs, scores, logit_scale)`` with ``w = score_to_weight(scores)``.
+    """`gcl_loss` of ranking scores: `forward(lhs, rhs, scores, logit_scale)` with `w = score_to_weight(scores)`.
 
     Args:
-        score_to_weight: name or callable; with ``s_max``, ``knots`` and ``normalize`` as in ``gcl_kernels.score_to_weight``.
-        Everything else: as in ``gcl_loss``.
+        score_to_weight: name or callable, as in `gcl_kernels.score_to_weight`, which also explains the next three.
+        s_max: the highest score.
+        knots: of `"piecewise"`.
+        normalize: `"mean"` divides by the mean weight: of the batch, with a process group of all ranks' batches.
+        lhs_field_weights: as in `gcl_loss`, like everything below.
+        rhs_field_weights: as in `gcl_loss`.
+        field_mode: as in `gcl_loss`.
+        directions: as in `gcl_loss`.
+        reduction: as in `gcl_loss`.
+        label_smoothing: as in `gcl_loss`.
+        z_loss: as in `gcl_loss`.
+        process_group: as in `gcl_loss`. A module with `"world"` can be pickled, copied and made before the group is; one with a
+            `ProcessGroup` cannot.
+        transport: as in `gcl_loss`.
+        backend: as in `gcl_loss`.
+
+    Raises:
+        TypeError, ValueError: an option that is wrong whatever the batch is refused here, everything else when called.
     """
 
     def __init__(
         self,
-        score_to_weight: str | ScoreToWeight = "linear",
+        score_to_weight: ScoreToWeightName | ScoreToWeight = "log",
         *,
         s_max: float = 100.0,
-        knots: Sequence[tuple[float, float]] | None = None,
-        normalize: str | None = None,
-        **options,
-    ):
+        knots: Knots | None = None,
+        normalize: WeightNormalization | None = None,
+        lhs_field_weights: FieldWeights = None,
+        rhs_field_weights: FieldWeights = None,
+        field_mode: FieldMode = "aggregate",
+        directions: Directions = "both",
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        process_group: ProcessGroupLike = None,
+        transport: Transport = "all_gather",
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__()
-        unknown = set(options) - OPTIONS
-        if unknown:
-            raise TypeError(f"GCLLoss: expected options among {sorted(OPTIONS)}, got {sorted(unknown)}")
-        # over a process group the mean weight is known only once all ranks have called
-        self.divide_by_mean_weight = normalize == "mean" and options.get("process_group") is not None
-        self.score_to_weight = _by_name(
-            score_to_weight, s_max=s_max, knots=knots, normalize=None if self.divide_by_mean_weight else normalize
-        )
-        self.options = options
+        self.weights_of = _by_name(score_to_weight, s_max=s_max, knots=knots, normalize=normalize)
+        _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
+        check_process_group(process_group)
+        check_choice("transport", transport, TRANSPORTS)
+        if backend is not None:
+            check_choice("backend", backend, BACKENDS)
+        for name, given in (("lhs_field_weights", lhs_field_weights), ("rhs_field_weights", rhs_field_weights)):
+            if given is not None:
+                fields = given if isinstance(given, Mapping) else range(len(given))
+                normalized_weights(name, given, [str(field) for field in fields])
+        self.lhs_field_weights = lhs_field_weights
+        self.rhs_field_weights = rhs_field_weights
+        self.field_mode: FieldMode = field_mode
+        self.directions: Directions = directions
+        self.reduction: Reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.process_group: ProcessGroupLike = process_group
+        self.transport: Transport = transport
+        self.backend: Backend | None = backend
+
+    # Read from the one function that uses them.
+
+    @property
+    def score_to_weight(self) -> ScoreToWeightName | ScoreToWeight:
+        return self.weights_of.function
+
+    @property
+    def s_max(self) -> float:
+        return self.weights_of.s_max
+
+    @property
+    def knots(self) -> Knots | None:
+        return self.weights_of.knots
+
+    @property
+    def normalize(self) -> WeightNormalization | None:
+        return self.weights_of.normalize
+
+    def extra_repr(self) -> str:
+        """The score function, and the options that differ from their defaults."""
+        options = list(inspect.signature(GCLLoss).parameters.values())
+        shown = [option for option in options[1:] if getattr(self, option.name) != option.default]
+        return ", ".join([repr(self.score_to_weight), *(f"{o.name}={getattr(self, o.name)!r}" for o in shown)])
 
     def forward(
         self,
@@ -179,13 +261,15 @@ class GCLLoss(nn.Module):
         rhs_field_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of scores (N,), or (N, P) beside labels (N, P); a score beside label -1 is not looked at."""
-        process_group = self.options.get("process_group")
-        with distributed.shared_failure(process_group):
-            check_tensor(
-                "scores", scores, (1, 2), (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
-            )
+        group = resolve_group(self.process_group)
+        with distributed.shared_failure(group):
+            scores = local_tensor("scores", scores, group)
+            labels = local_tensor("labels", labels, group)
+            check_tensor("scores", scores, (1, 2), (*DTYPES, torch.int64))
             labelled = labels >= 0 if isinstance(labels, Tensor) and labels.shape == scores.shape else None
-            weights = self.score_to_weight(scores, labelled)
+            # over a process group the mean weight is known only once all ranks have called
+            weights_of = self.weights_of if group is None else self.weights_of.not_normalized
+            weights = weights_of(scores, labelled)
         loss = gcl_loss(
             lhs,
             rhs,
@@ -194,33 +278,53 @@ class GCLLoss(nn.Module):
             labels=labels,
             lhs_ids=lhs_ids,
             rhs_ids=rhs_ids,
+            lhs_field_weights=self.lhs_field_weights,
+            rhs_field_weights=self.rhs_field_weights,
             lhs_field_mask=lhs_field_mask,
             rhs_field_mask=rhs_field_mask,
-            **self.options,
+            field_mode=self.field_mode,
+            directions=self.directions,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            process_group=group,
+            transport=self.transport,
+            backend=self.backend,
         )
-        if not self.divide_by_mean_weight or self.options.get("reduction") == "weighted_mean":
+        if group is None or self.normalize is None or self.reduction == "weighted_mean":
             return loss  # a weighted mean does not depend on it
         count = weights.new_full((), weights.numel()) if labelled is None else labelled.sum().clamp(min=1)
-        total, count = distributed.total(torch.stack([weights.sum(), count.to(weights)]), process_group)
+        total, count = distributed.total(torch.stack([weights.sum(), count.to(weights)]), group)
         return loss * torch.where(total > 0, count / total, 1.0).to(loss.dtype)
 
+    if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
+        __call__ = forward
 
-OPTIONS = {
-    "lhs_field_weights",
-    "rhs_field_weights",
-    "field_mode",
-    "directions",
-    "reduction",
-    "label_smoothing",
-    "z_loss",
-    "process_group",
-    "transport",
-    "backend",
-}
+
 _by_name = score_to_weight  # inside GCLLoss the name is an argument
 
 
-def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str, backend: str | None):
+def _check_options(field_mode: str, directions: str, reduction: str, label_smoothing: float, z_loss: float) -> None:
+    check_choice("directions", directions, DIRECTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("field_mode", field_mode, FIELD_MODES)
+    check_fraction("label_smoothing", label_smoothing, 1.0)
+    check_fraction("z_loss", z_loss, math.inf)
+
+
+def _tensors(side: Side) -> Iterable[object]:
+    return side.values() if isinstance(side, Mapping) else (side,)
+
+
+def _local_side(name: str, side: Side, group: ProcessGroup | None) -> Side:
+    if isinstance(side, Mapping):
+        return {field: local_tensor(f"{name}[{field}]", x, group) for field, x in side.items()}
+    return local_tensor(name, side, group)
+
+
+def _side(
+    name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: FieldMode, backend: Backend | None
+) -> list[tuple[float, Tensor, Tensor | None]]:
     """[(weight, (N, D) embedding, rows that have it or None)]: one entry, or one a field in pairwise mode."""
     if isinstance(side, Tensor):
         for argument, value in ((f"{name}_field_weights", weights), (f"{name}_field_mask", mask)):

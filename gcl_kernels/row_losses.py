@@ -57,7 +57,7 @@ def row_losses(
     ranks,
     backend,
 ) -> Tensor:
-    """(N,) l_i of one pair of sides, in the statistics' dtype. ``factor``: by which the caller adds them up, or None."""
+    """(N,) l_i of one pair of sides, in the statistics' dtype. `factor`: by which the caller adds them up, or None."""
     n, m = x.shape[0], y.shape[0]
     check_labels(labels, x, y, ranks is not None)
     labels = None if labels is None else labels.reshape(n, -1)
