@@ -266,6 +266,7 @@ class GCLLoss(nn.Module):
             scores = local_tensor("scores", scores, group)
             labels = local_tensor("labels", labels, group)
             check_tensor("scores", scores, (1, 2), (*DTYPES, torch.int64))
+            refuse_forward_mode("GCLLoss", scores)
             labelled = labels >= 0 if isinstance(labels, Tensor) and labels.shape == scores.shape else None
             # over a process group the mean weight is known only once all ranks have called
             weights_of = self.weights_of if group is None else self.weights_of.not_normalized
