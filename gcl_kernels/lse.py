@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed
-from .forward_mode import refuse_forward_mode
 from .validation import check_ids, check_labels, check_pair, check_scale, debug
 
 if TYPE_CHECKING:  # some builds of torch have no distributed
@@ -144,7 +143,6 @@ def check_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """(lhs, rhs, logit_scale, backend's name) as the operator takes them."""
     check_pair(lhs, rhs)
-    refuse_forward_mode("pairwise_logsumexp", lhs, rhs, logit_scale)
     check_labels(labels, lhs, rhs, distributed)
     check_ids(lhs_ids, rhs_ids, lhs, rhs)
     lhs, rhs = autocast_like_matmul(lhs, rhs)
