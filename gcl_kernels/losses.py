@@ -1,4 +1,4 @@
-"""``gcl_loss``, ``GCLLoss`` and ``ClipLoss``: plain PyTorch over ``logsumexp_statistics``."""
+"""`gcl_loss` and `GCLLoss`: plain PyTorch over `logsumexp_statistics`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .backends import statistics_dtype
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
-from .lse import check_inputs, logsumexp_statistics
+from .lse import check_inputs
+from .row_losses import denominator, leave_out_absent, row_losses
 from .score_to_weight import ScoreToWeight, score_to_weight
 from .validation import (
     check_choice,
     check_fraction,
-    check_ids,
-    check_labels,
     check_pair,
-    check_scale,
     check_tensor,
     check_weights,
 )
@@ -124,19 +121,19 @@ def gcl_loss(
         }
         ranks = distributed.agree(process_group, transport, x, y, logit_scale, labels, lhs_ids, alike)
 
-    denominator = _denominator(weights, labels, x, reduction, ranks)
+    divisor = denominator(weights, labels, x, reduction, ranks)
     loss = x.new_zeros(())
     for u, x, has_x in left:
         for v, y, has_y in right:
-            visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
-            pair = _row_losses(
+            visible = leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
+            pair = row_losses(
                 x, y, logit_scale, weights, *visible, has_x, has_y,
-                DIRECTIONS[directions], label_smoothing, z_loss, None if denominator is None else u * v / denominator,
+                DIRECTIONS[directions], label_smoothing, z_loss, None if divisor is None else u * v / divisor,
                 ranks, backend,
             )  # fmt: skip
             loss = loss + u * v * pair
-    if denominator is not None:
-        loss = loss.sum() / denominator
+    if divisor is not None:
+        loss = loss.sum() / divisor
     return loss.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -223,95 +220,6 @@ OPTIONS = {
 _by_name = score_to_weight  # inside GCLLoss the name is an argument
 
 
-class ClipLoss(nn.Module):
-    """Drop-in for ``open_clip.ClipLoss``: same constructor and forward arguments, same loss and gradients.
-
-    Constructor: ``local_loss, gather_with_grad, cache_labels, rank, world_size`` mean what they mean in open_clip;
-    ``cache_labels`` changes nothing here (no labels are made) and ``use_horovod=True`` is refused.
-
-    With ``world_size > 1``, over the default process group, each flag pair has open_clip's value and gradients on every rank,
-    without its N x N logits (N: all ranks' rows). What they mean, and what a rank does of the N^2 D work:
-
-    ======================= ================================= ======================== ===========================
-    local_loss, gather_...  value on rank r                   features' gradient       work; open_clip's
-    ======================= ================================= ======================== ===========================
-    False, False (default)  the loss L of all rows            dL, of its own rows      8 / world; 6, N^2 memory
-    False, True             L                                 world * dL               8 / world; 6, N^2 memory
-    True, False             L_r of its own rows and columns   dL_r, own rows only;     8 / world; 8
-                                                              others' are constants
-    True, True              L_r                               of the sum of all L_r    12 / world; 12
-    ======================= ================================= ======================== ===========================
-
-    DistributedDataParallel averages gradients, so True, True and False, True train as one process on the joined batch would;
-    the default divides the features' gradient, but not logit_scale's, by world. ``gcl_loss(..., process_group=)`` trains as
-    True, True does at 8 / world, and takes a ring.
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ):
-        super().__init__()
-        if use_horovod:
-            raise ValueError("use_horovod: expected False (torch.distributed is the only transport), got True")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """CLIP's symmetric cross-entropy of (N, D) features, float32 (float64 for float64 features).
-
-        ``logit_bias`` cancels in a softmax; it is accepted and gets the gradient 0. ``output_dict=True`` returns
-        ``{"contrastive_loss": loss}``.
-        """
-        if self.world_size == 1:
-            loss = gcl_loss(image_features, text_features, logit_scale)
-        else:
-            loss = self._distributed(image_features, text_features, logit_scale)
-        if logit_bias is not None:
-            loss = loss + 0.0 * logit_bias.sum()
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        if not self.local_loss:
-            return self._loss_of_all(image_features, text_features, logit_scale)
-        all_images, all_texts = self._gather(image_features), self._gather(text_features)
-        n = image_features.shape[0]
-        labels = torch.arange(n, device=image_features.device) + self.rank * n
-        images = gcl_loss(image_features, all_texts, logit_scale, labels=labels, directions="lhs_to_rhs")
-        texts = gcl_loss(text_features, all_images, logit_scale, labels=labels, directions="lhs_to_rhs")
-        return (images + texts) / 2
-
-    def _loss_of_all(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        """Each rank's rows once, then the sum: what every rank of open_clip works out for itself."""
-        group = torch.distributed.group.WORLD
-        # open_clip's gathering adds the gradients of all ranks' copies of the loss, to features but not to logit_scale
-        copies = self.world_size if self.gather_with_grad else 1
-        if isinstance(logit_scale, Tensor):
-            logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
-        share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
-        return distributed.sum_values(share, copies, group)
-
-    def _gather(self, features: Tensor) -> Tensor:
-        """(world_size * N, D), of ``local_loss``; it has a gradient only under ``gather_with_grad``, as in open_clip."""
-        mine = features if self.gather_with_grad else features.detach()
-        return distributed.all_rows(mine, (len(mine),) * self.world_size, torch.distributed.group.WORLD, "features")
-
-
 def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str, backend: str | None):
     """[(weight, (N, D) embedding, rows that have it or None)]: one entry, or one a field in pairwise mode."""
     if isinstance(side, Tensor):
@@ -336,138 +244,3 @@ def _unit_where(x: Tensor, present: Tensor | None) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     x_present = x if present is None else torch.where(present[:, None], x, 0.0)
     return unit(x_present.to(compute)).to(x.dtype)
-
-
-def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks):
-    """(labels, lhs_ids, rhs_ids) under which rows and columns without the field are neither positives nor negatives.
-
-    Two more id channels say it: in one every row carries id 0 and so does every absent column (other columns -1, which
-    equals nothing); in the other it is the rows' turn.
-    """
-    if has_x is None and has_y is None:
-        return labels, lhs_ids, rhs_ids
-    check_labels(labels, x, y, ranks is not None)
-    check_ids(lhs_ids, rhs_ids, x, y)
-    n, m = x.shape[0], y.shape[0]
-    has_x = torch.ones(n, dtype=torch.bool, device=x.device) if has_x is None else has_x
-    has_y = torch.ones(m, dtype=torch.bool, device=y.device) if has_y is None else has_y
-    zero_if_absent = [torch.where(has, -1, 0) for has in (has_x, has_y)]
-    lhs_channels = torch.stack([torch.zeros_like(zero_if_absent[0]), zero_if_absent[0]], dim=1)
-    rhs_channels = torch.stack([zero_if_absent[1], torch.zeros_like(zero_if_absent[1])], dim=1)
-    if lhs_ids is not None and rhs_ids is not None:
-        lhs_channels = torch.cat([lhs_ids.reshape(n, -1), lhs_channels], dim=1)
-        rhs_channels = torch.cat([rhs_ids.reshape(m, -1), rhs_channels], dim=1)
-    if labels is None:
-        labels = torch.arange(n, device=x.device) + (0 if ranks is None else ranks.first_column)
-    if ranks is not None:
-        has_y = ranks.all_columns(has_y)
-    has_positive = has_y[labels.clamp(min=0)] & has_x.reshape(n, *[1] * (labels.ndim - 1))
-    return torch.where(has_positive, labels, -1), lhs_channels, rhs_channels
-
-
-def _row_losses(
-    x,
-    y,
-    logit_scale,
-    weights,
-    labels,
-    lhs_ids,
-    rhs_ids,
-    has_x,
-    has_y,
-    a,
-    label_smoothing,
-    z_loss,
-    factor,
-    ranks,
-    backend,
-) -> Tensor:
-    """(N,) l_i of one pair of sides, in the statistics' dtype. ``factor``: by which the caller adds them up, or None."""
-    n, m = x.shape[0], y.shape[0]
-    check_labels(labels, x, y, ranks is not None)
-    labels = None if labels is None else labels.reshape(n, -1)
-    column = None if labels is None else labels.clamp(min=0).to(torch.int64)
-    w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
-    w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
-    promise = None
-    if factor is not None and z_loss == 0 and ranks is None:
-        # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
-        g = w.detach().to(statistics_dtype(x.device)) * factor
-        g_row = a * g.sum(dim=1) if a > 0 else None
-        g_col = (1 - a) * _sum_by_column(g, column, m) if a < 1 else None
-        promise = g_row, g_col, (label_smoothing - 1) * g
-    row, col, positive = logsumexp_statistics(
-        x, y, logit_scale, labels, lhs_ids, rhs_ids,
-        want_row=a > 0, want_col=a < 1, promise=promise, ranks=ranks, backend=backend,
-    )  # fmt: skip
-    if lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
-        row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
-
-    def direction(lse: Tensor, mean: Tensor | None) -> Tensor:
-        loss = lse - positive
-        if mean is not None:
-            loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
-        return loss + z_loss * lse**2 if z_loss else loss
-
-    def at_labels(v: Tensor) -> Tensor:
-        if column is None:
-            return v[:n, None]
-        return v[column] if ranks is None else ranks.all_columns(v)[column]
-
-    scale = check_scale(logit_scale, x) if label_smoothing else None
-    loss = positive.new_zeros(())
-    if a > 0:
-        mean = None if scale is None else scale * _dot_mean(x, y, has_y, ranks)[:, None]
-        loss = loss + a * direction(row[:, None], mean)
-    if a < 1:
-        mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x, ranks))
-        loss = loss + (1 - a) * direction(at_labels(col), mean)
-    loss = w.to(loss.dtype) * loss
-    if labels is not None:
-        loss = torch.where(labels >= 0, loss, 0.0)  # not 0 * NaN
-    return loss.sum(dim=1)
-
-
-def _sum_by_column(g: Tensor, column: Tensor | None, m: int) -> Tensor:
-    """(M,) sum of g (N, P) over the labels that name each column, in a fixed order."""
-    total = g.new_zeros(m)
-    if column is None:
-        total[: len(g)] = g[:, 0]
-        return total
-    return total.index_put((column,), g, accumulate=True)
-
-
-def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None, ranks: distributed.Ranks | None) -> Tensor:
-    """mean_j <x_i, y_j> over the columns present (an absent one is a zero vector), from the mean vector: O((N + M) D)."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    total = y.sum(dim=0, dtype=compute)
-    count = total.new_full((), y.shape[0]) if present is None else present.sum().to(compute)
-    if ranks is not None:
-        total, count = ranks.total(total), ranks.total(count)
-    return (x.to(compute) * (total / count.clamp(min=1))).sum(dim=1)
-
-
-def _denominator(
-    weights: Tensor | None, labels: Tensor | None, x: Tensor, reduction: str, ranks: distributed.Ranks | None
-) -> float | Tensor | None:
-    """What the sum of this rank's l_i is divided by; None for reduction "none"."""
-    if reduction == "none":
-        return None
-    if reduction == "sum":
-        total = 1.0
-    elif reduction == "mean":
-        total = x.shape[0] if ranks is None else ranks.n
-    else:
-        total = _total_weight(weights, labels, x)
-        total = total if ranks is None else ranks.total(total)
-        total = torch.where(total > 0, total, 1.0)
-    return total if ranks is None else total / ranks.world
-
-
-def _total_weight(weights: Tensor | None, labels: Tensor | None, x: Tensor) -> Tensor:
-    """Of the labelled entries, 0-d in the statistics' dtype."""
-    kind = statistics_dtype(x.device)
-    if weights is None:
-        return x.new_full((), x.shape[0], dtype=kind) if labels is None else (labels >= 0).sum().to(kind)
-    weights = weights.to(kind)
-    return (weights if labels is None else torch.where(labels >= 0, weights, 0.0)).sum()
