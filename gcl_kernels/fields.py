@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .validation import check_device, check_tensor, debug, may_read
+from .backends.settings import debug
+from .validation import check_device, check_tensor, may_read
 
 Fields = Mapping[str, Tensor] | Sequence[Tensor]
 FieldWeights = Mapping[str, float] | Sequence[float] | None
