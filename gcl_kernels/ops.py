@@ -19,8 +19,8 @@ from .pairs import Pairs
 UPSTREAM = tuple(f"g_{name}" for name in Lines._fields)
 
 
-def statistics(pairs: Pairs, want: Want, backend: str | None, known_upstream: Lines | None = None) -> Lines:
-    """The statistics of a loss, differentiable; a direction that is not wanted is an empty tensor.
+def statistics(pairs: Pairs, want: Want, backend: str | None, known_upstream: Lines | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, col, positive) of a loss, differentiable; a direction that is not wanted is an empty tensor.
 
     `known_upstream`: the gradients with respect to the statistics up to one common factor, by a caller that knows them
     beforehand. Where that saves work (`Backend.one_pass`) gradients are formed beside the statistics, from the same logits. The
@@ -31,7 +31,7 @@ def statistics(pairs: Pairs, want: Want, backend: str | None, known_upstream: Li
     named = dict(pairs.tensors())
     if known_upstream is not None and any(need):
         named |= {name: g.detach() for name, g in zip(UPSTREAM, known_upstream, strict=True) if g is not None}
-    return Lines(*_forward(list(named.values()), ",".join(named), list(want), list(need), backend)[:3])
+    return _forward(list(named.values()), ",".join(named), list(want), list(need), backend)[:3]
 
 
 def unpacked(tensors: Sequence[Tensor], names: str) -> tuple[Pairs, Lines]:

@@ -17,7 +17,7 @@ from .exchange import Shift, bring_home, gather, outside_compiled_graphs
 
 
 @outside_compiled_graphs
-def statistics(pairs: Pairs, want: Want, backend: str, ranks: Ranks) -> Lines:
+def statistics(pairs: Pairs, want: Want, backend: str, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.statistics` of this rank's rows and columns: (row (N,), col (M,), positive (N, P)), N and M its own.
 
     Labels count the columns of all ranks' rhs in rank order. None: row i's positive is this rank's column i.
@@ -26,7 +26,7 @@ def statistics(pairs: Pairs, want: Want, backend: str, ranks: Ranks) -> Lines:
         labels = ranks.first_column + torch.arange(pairs.n, device=pairs.lhs.device)[:, None]
         pairs = replace(pairs, labels=labels)
     named = dict(pairs.tensors())
-    return Lines(*_Statistics.apply(tuple(named), want, backend, ranks, *named.values()))  # pyright: ignore
+    return _Statistics.apply(tuple(named), want, backend, ranks, *named.values())  # pyright: ignore
 
 
 class _Statistics(torch.autograd.Function):
@@ -37,7 +37,7 @@ class _Statistics(torch.autograd.Function):
         kind = backends.statistics_dtype(lhs.device)
         row = lhs.new_full((pairs.n if want.row else 0,), -math.inf, dtype=kind)
         parts = lhs.new_empty((ranks.m if want.col else 0,), dtype=kind)  # of col: over this rank's rows
-        positive = torch.zeros(pairs.labels.shape, dtype=kind, device=lhs.device)
+        positive = lhs.new_zeros((pairs.n, pairs.positives), dtype=kind)
         with torch.autocast(lhs.device.type, enabled=False):
             for _, cols, block in blocks(pairs, ranks):
                 r, c, p = forward(block, want)
