@@ -107,7 +107,8 @@ def agree(
         "alike": {
             "transport": transport,
             "lhs and rhs": f"D = {pairs.d}, {str(pairs.lhs.dtype).removeprefix('torch.')} on {pairs.lhs.device.type}",
-            **{name: _described(getattr(pairs, name)) for name in ("labels", "lhs_ids")},
+            "labels": _described(pairs.labels, "labels a row"),
+            "lhs_ids": _described(pairs.lhs_ids, "channels of ids"),
             "requires_grad of lhs, rhs, logit_scale": str(needs),
             **{name: str(value) for name, value in alike.items()},
         },
@@ -146,8 +147,8 @@ def agree(
     return ranks
 
 
-def _described(x: Tensor | None) -> str:
-    return "None" if x is None else f"{x.shape[1]} a line"
+def _described(x: Tensor | None, what: str) -> str:
+    return "None" if x is None else f"{x.shape[1]} {what}"
 
 
 def _range(labels: Tensor | None) -> tuple[int, int]:
