@@ -19,7 +19,9 @@ from .pairs import Pairs
 UPSTREAM = tuple(f"g_{name}" for name in Lines._fields)
 
 
-def statistics(pairs: Pairs, want: Want, backend: str | None, known_upstream: Lines | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    pairs: Pairs, want: Want, backend: str | None, known_upstream: Lines | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(row, col, positive) of a loss, differentiable; a direction that is not wanted is an empty tensor.
 
     `known_upstream`: the gradients with respect to the statistics up to one common factor, by a caller that knows them

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .settings import workspace_bytes
+from .settings import current, workspace_bytes
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+    starts = range(0, length, step)
+    if current().few_chunks and len(starts) > 3:
+        starts = (starts[0], starts[1], starts[-1])
+    return (slice(start, min(start + step, length)) for start in starts)
 
 
 def cdiv(length: int, step: int) -> int:

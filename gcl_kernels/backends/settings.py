@@ -25,6 +25,7 @@ class Settings:
     workspace_mib: float | None = None
     debug: bool | None = None
     host_reads: bool | None = None
+    few_chunks: bool | None = None
 
 
 _current = Settings()
@@ -38,6 +39,7 @@ def settings(
     workspace_mib: float | None = None,
     debug: bool | None = None,
     host_reads: bool | None = None,
+    few_chunks: bool | None = None,
 ) -> Iterator[None]:
     """Sets what is not None for the `with` block, for tests, benchmarks and tuning. Blocks may be nested.
 
@@ -48,6 +50,8 @@ def settings(
         debug: whether values on a device are checked, which synchronises it; otherwise `GCL_KERNELS_DEBUG`.
         host_reads: whether the torch backend may read numbers on the host; otherwise on CPU tensors only. False makes CPU
             tensors take the path of other devices.
+        few_chunks: whether loops over chunks make their first two steps and their last one only. The results are then wrong,
+            but the peak of memory is not: `plan` asks for it.
     """
     global _current
     before = _current
@@ -57,6 +61,7 @@ def settings(
         "workspace_mib": workspace_mib,
         "debug": debug,
         "host_reads": host_reads,
+        "few_chunks": few_chunks,
     }
     _current = replace(before, **{name: value for name, value in given.items() if value is not None})
     try:
