@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.settings import debug
 from .forward_mode import refuse_forward_mode
 from .types import Backend
-from .validation import check_device, check_tensor, debug, may_read
+from .validation import check_device, check_tensor, may_read
 
 Fields = Mapping[str, Tensor] | Sequence[Tensor]
 FieldWeights = Mapping[str, float] | Sequence[float] | None

@@ -1,4 +1,4 @@
-"""`gcl_loss` and `GCLLoss`: plain PyTorch over `logsumexp_statistics`."""
+"""`gcl_loss` and `GCLLoss`: plain PyTorch over the statistics of `lse`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import distributed
+from . import backends, distributed
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
 from .forward_mode import refuse_forward_mode
 from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
-from .lse import check_inputs
-from .row_losses import denominator, leave_out_absent, row_losses
+from .pairs import Pairs
+from .row_losses import RowLoss, denominator, row_losses
 from .score_to_weight import Knots, ScoreToWeight, score_to_weight
 from .types import (
     BACKENDS,
@@ -125,11 +125,17 @@ def gcl_loss(
         rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        x, y = left[0][1], right[0][1]
-        check_pair(x, y)
-        check_weights(weights, labels, x.shape[0], x.device)
+        check_pair(left[0][1], right[0][1])
+        check_weights(weights, labels, len(left[0][1]), left[0][1].device)
+        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "distributed": group is not None}
+        of_fields = [
+            (u * v, Pairs.of(x, y, logit_scale, **inputs), (has_x, has_y))
+            for u, x, has_x in left
+            for v, y, has_y in right
+        ]
+        first = of_fields[0][1]
         if group is not None:
-            x, y, _, _ = check_inputs(x, y, logit_scale, labels, lhs_ids, rhs_ids, backend, distributed=True)
+            backends.choose(backend, first.lhs.device, first.lhs.dtype)  # raises if there is no such backend
     ranks = None
     if group is not None:
         alike = {
@@ -141,22 +147,17 @@ def gcl_loss(
             "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
             "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
         }
-        ranks = distributed.agree(group, transport, x, y, logit_scale, labels, lhs_ids, alike)
+        ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
-    divisor = denominator(weights, labels, x, reduction, ranks)
-    loss = x.new_zeros(())
-    for u, x, has_x in left:
-        for v, y, has_y in right:
-            visible = leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
-            pair = row_losses(
-                x, y, logit_scale, weights, *visible, has_x, has_y,
-                ROW_SHARE[directions], label_smoothing, z_loss, None if divisor is None else u * v / divisor,
-                ranks, backend,
-            )  # fmt: skip
-            loss = loss + u * v * pair
+    divisor = denominator(weights, labels, first.lhs, reduction, ranks)
+    options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss)
+    loss = first.lhs.new_zeros(())
+    for share, pairs, present in of_fields:
+        factor = None if divisor is None else share / divisor
+        loss = loss + share * row_losses(pairs, present, weights, options, factor, ranks, backend)
     if divisor is not None:
         loss = loss.sum() / divisor
-    return loss.to(torch.promote_types(x.dtype, torch.float32))
+    return loss.to(torch.promote_types(left[0][1].dtype, torch.float32))
 
 
 class GCLLoss(nn.Module):

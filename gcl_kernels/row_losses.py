@@ -3,103 +3,107 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import distributed
-from .backends import statistics_dtype
-from .lse import logsumexp_statistics
-from .validation import check_ids, check_labels, check_scale
+from .backends import Lines, Want, statistics_dtype
+from .lse import statistics
+from .pairs import Pairs
+
+Present = tuple[Tensor | None, Tensor | None]  # bool, rows of lhs and of rhs that have their field; None: all
 
 
-def leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks):
-    """(labels, lhs_ids, rhs_ids) under which rows and columns without the field are neither positives nor negatives.
+@dataclass(frozen=True)
+class RowLoss:
+    """The options of the loss of a row."""
 
-    Two more id channels say it: in one every row carries id 0 and so does every absent column (other columns -1, which
-    equals nothing); in the other it is the rows' turn.
+    lhs_to_rhs: float  # weight of this direction; the other has the rest
+    label_smoothing: float
+    z_loss: float
+
+
+def leave_out_absent(pairs: Pairs, present: Present, ranks: distributed.Ranks | None) -> Pairs:
+    """With labels and ids under which rows and columns without the field are neither positives nor negatives.
+
+    Two more id channels say it. In one every row carries id 0 and so does every absent column (other columns -1, which
+    equals nothing). In the other it is the rows' turn.
     """
+    has_x, has_y = present
     if has_x is None and has_y is None:
-        return labels, lhs_ids, rhs_ids
-    check_labels(labels, x, y, ranks is not None)
-    check_ids(lhs_ids, rhs_ids, x, y)
-    n, m = x.shape[0], y.shape[0]
-    has_x = torch.ones(n, dtype=torch.bool, device=x.device) if has_x is None else has_x
-    has_y = torch.ones(m, dtype=torch.bool, device=y.device) if has_y is None else has_y
+        return pairs
+    device = pairs.lhs.device
+    has_x = torch.ones(pairs.n, dtype=torch.bool, device=device) if has_x is None else has_x
+    has_y = torch.ones(pairs.m, dtype=torch.bool, device=device) if has_y is None else has_y
     zero_if_absent = [torch.where(has, -1, 0) for has in (has_x, has_y)]
     lhs_channels = torch.stack([torch.zeros_like(zero_if_absent[0]), zero_if_absent[0]], dim=1)
     rhs_channels = torch.stack([zero_if_absent[1], torch.zeros_like(zero_if_absent[1])], dim=1)
-    if lhs_ids is not None and rhs_ids is not None:
-        lhs_channels = torch.cat([lhs_ids.reshape(n, -1), lhs_channels], dim=1)
-        rhs_channels = torch.cat([rhs_ids.reshape(m, -1), rhs_channels], dim=1)
+    if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
+        lhs_channels = torch.cat([pairs.lhs_ids, lhs_channels], dim=1)
+        rhs_channels = torch.cat([pairs.rhs_ids, rhs_channels], dim=1)
+    labels = pairs.labels
     if labels is None:
-        labels = torch.arange(n, device=x.device) + (0 if ranks is None else ranks.first_column)
+        labels = torch.arange(pairs.n, device=device)[:, None] + (0 if ranks is None else ranks.first_column)
     if ranks is not None:
         has_y = ranks.all_columns(has_y)
-    has_positive = has_y[labels.clamp(min=0)] & has_x.reshape(n, *[1] * (labels.ndim - 1))
-    return torch.where(has_positive, labels, -1), lhs_channels, rhs_channels
+    has_positive = has_y[labels.clamp(min=0)] & has_x[:, None]
+    labels = torch.where(has_positive, labels, -1)
+    return replace(pairs, labels=labels, lhs_ids=lhs_channels, rhs_ids=rhs_channels)
 
 
 def row_losses(
-    x,
-    y,
-    logit_scale,
-    weights,
-    labels,
-    lhs_ids,
-    rhs_ids,
-    has_x,
-    has_y,
-    a,
-    label_smoothing,
-    z_loss,
-    factor,
-    ranks,
-    backend,
+    pairs: Pairs,
+    present: Present,
+    weights: Tensor | None,
+    options: RowLoss,
+    factor: Tensor | float | None,
+    ranks: distributed.Ranks | None,
+    backend: str | None,
 ) -> Tensor:
     """(N,) l_i of one pair of sides, in the statistics' dtype. `factor`: by which the caller adds them up, or None."""
-    n, m = x.shape[0], y.shape[0]
-    check_labels(labels, x, y, ranks is not None)
-    labels = None if labels is None else labels.reshape(n, -1)
-    column = None if labels is None else labels.clamp(min=0).to(torch.int64)
-    w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
-    w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
-    promise = None
-    if factor is not None and z_loss == 0 and ranks is None:
+    pairs = leave_out_absent(pairs, present, ranks)
+    (has_x, has_y), labels, a, smoothing = present, pairs.labels, options.lhs_to_rhs, options.label_smoothing
+    column = None if labels is None else labels.clamp(min=0)
+    if weights is None:
+        w = torch.ones((pairs.n, pairs.positives), device=pairs.lhs.device)
+    else:
+        w = weights.reshape(pairs.n, -1)
+    if labels is not None:
+        w = torch.where(labels >= 0, w, 0.0)
+    known = None
+    if factor is not None and options.z_loss == 0 and ranks is None:
         # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
-        g = w.detach().to(statistics_dtype(x.device)) * factor
+        g = w.detach().to(statistics_dtype(w.device)) * factor
         g_row = a * g.sum(dim=1) if a > 0 else None
-        g_col = (1 - a) * _sum_by_column(g, column, m) if a < 1 else None
-        promise = g_row, g_col, (label_smoothing - 1) * g
-    row, col, positive = logsumexp_statistics(
-        x, y, logit_scale, labels, lhs_ids, rhs_ids,
-        want_row=a > 0, want_col=a < 1, promise=promise, ranks=ranks, backend=backend,
-    )  # fmt: skip
-    if lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
+        g_col = (1 - a) * _sum_by_column(g, column, pairs.m) if a < 1 else None
+        known = Lines(g_row, g_col, (smoothing - 1) * g)
+    row, col, positive = statistics(pairs, Want(a > 0, a < 1), backend, known_upstream=known, ranks=ranks)
+    if pairs.lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
         row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
 
     def direction(lse: Tensor, mean: Tensor | None) -> Tensor:
         loss = lse - positive
         if mean is not None:
-            loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
-        return loss + z_loss * lse**2 if z_loss else loss
+            loss = (1 - smoothing) * loss + smoothing * (lse - mean)
+        return loss + options.z_loss * lse**2 if options.z_loss else loss
 
     def at_labels(v: Tensor) -> Tensor:
         if column is None:
-            return v[:n, None]
+            return v[: pairs.n, None]
         return v[column] if ranks is None else ranks.all_columns(v)[column]
 
-    scale = check_scale(logit_scale, x) if label_smoothing else None
     loss = positive.new_zeros(())
     if a > 0:
-        mean = None if scale is None else scale * _dot_mean(x, y, has_y, ranks)[:, None]
+        mean = pairs.logit_scale * _dot_mean(pairs.lhs, pairs.rhs, has_y, ranks)[:, None] if smoothing else None
         loss = loss + a * direction(row[:, None], mean)
     if a < 1:
-        mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x, ranks))
+        mean = at_labels(pairs.logit_scale * _dot_mean(pairs.rhs, pairs.lhs, has_x, ranks)) if smoothing else None
         loss = loss + (1 - a) * direction(at_labels(col), mean)
     loss = w.to(loss.dtype) * loss
     if labels is not None:
-        loss = torch.where(labels >= 0, loss, 0.0)  # not 0 * NaN
+        loss = torch.where(labels >= 0, loss, 0.0)  # w = 0 is not enough: 0 * NaN is NaN
     return loss.sum(dim=1)
 
 
