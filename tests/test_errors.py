@@ -116,13 +116,3 @@ def test_ids_may_be_anything_else_than_int64_only_by_conversion():
 def test_weights_beside_no_label_may_hold_the_padding():
     labels, weights = torch.tensor([[0, -1]] * N), torch.tensor([[1.0, -1.0]] * N)
     assert gcl_loss(x, y, 1.0, labels=labels, weights=weights).isfinite()
-
-
-def test_triton_asked_for_by_name_never_falls_back(monkeypatch):
-    from gcl_kernels import backends
-
-    monkeypatch.setattr(backends, "HAS_TRITON", False)
-    with pytest.raises(
-        ValueError, match="backend: expected an installed one, got 'triton', which cannot be imported here"
-    ):
-        pairwise_logsumexp(x, y, 1.0, backend="triton")
