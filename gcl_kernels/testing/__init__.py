@@ -12,10 +12,11 @@ makes in the same dtype, instead of a hand-picked tolerance.
         batch = problem.build(torch.float32)
         actual = testing.value_and_gradients(lambda: my_loss(*batch.differentiable), batch.differentiable)
         dense = testing.dense_forms(my_dense_loss, batch.differentiable)
-        testing.assert_as_accurate(actual, dense, testing.in_float64(my_dense_loss, batch.differentiable))
+        exact = testing.in_float64(my_dense_loss, batch.differentiable)
+        testing.assert_as_accurate(actual, dense, exact, floor=testing.FLOOR + testing.luck(*batch.differentiable))
 """
 
-from .accuracy import assert_as_accurate, dense_forms, in_float64, relative_error, value_and_gradients
+from .accuracy import FLOOR, assert_as_accurate, dense_forms, in_float64, luck, relative_error, value_and_gradients
 from .strategies import (
     EDGE_DIMS,
     EDGE_SIZES,
@@ -30,6 +31,7 @@ from .strategies import (
 __all__ = [
     "EDGE_DIMS",
     "EDGE_SIZES",
+    "FLOOR",
     "Batch",
     "FieldProblem",
     "Problem",
@@ -38,6 +40,7 @@ __all__ = [
     "field_problems",
     "in_float64",
     "loss_options",
+    "luck",
     "problems",
     "relative_error",
     "value_and_gradients",
