@@ -1,4 +1,4 @@
-"""``aggregate_fields``: one vector per row from several field embeddings."""
+"""`aggregate_fields`: one vector per row from several field embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .validation import check_device, check_tensor, debug, may_read
+from .backends.settings import debug
+from .forward_mode import refuse_forward_mode
+from .types import Backend
+from .validation import check_device, check_tensor, may_read
 
 Fields = Mapping[str, Tensor] | Sequence[Tensor]
 FieldWeights = Mapping[str, float] | Sequence[float] | None
@@ -22,24 +25,24 @@ def aggregate_fields(
     mask: Tensor | None = None,
     normalize_fields: bool = True,
     normalize: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Weighted mean of a row's fields: ``normalize(sum_f m_f u_f normalize(x_f) / sum_f m_f u_f)``.
+    """Weighted mean of a row's fields: `normalize(sum_f m_f u_f normalize(x_f) / sum_f m_f u_f)`.
 
     Args:
         fields: F tensors (N, D) of one dtype and device, by name or in order.
         weights: u_f >= 0 by the same names or in the same order, not all 0; None: equal weights. Only ratios matter.
-        mask: (N, F) bool, columns in the order of ``fields``: which fields a row has. What an absent field holds is never
+        mask: (N, F) bool, columns in the order of `fields`: which fields a row has. What an absent field holds is never
             read into a result. The weights are renormalised over the fields present, so that a document without an image
             is not dragged to the origin.
         normalize_fields: L2-normalise each field first.
         normalize: L2-normalise the mean.
-        backend: as in ``pairwise_logsumexp``. Triton's is one fused kernel a pass: every input is read once. It takes up to 4
+        backend: as in `pairwise_logsumexp`. Triton's is one fused kernel a pass: every input is read once. It takes up to 4
             fields of D <= 8192 or 8 of D <= 4096; without a backend named, others take the plain expressions.
 
     Returns:
         (N, D) in the fields' dtype, computed in float32 (float64 for float64). A row with no field present, or whose mean
-        is the zero vector, is a zero row with zero gradient; with ``GCL_KERNELS_DEBUG=1`` it is a ValueError.
+        is the zero vector, is a zero row with zero gradient; with `GCL_KERNELS_DEBUG=1` it is a ValueError.
 
     Source: GCL (arXiv 2404.08535) and its authors' evaluation code.
     """
@@ -50,6 +53,7 @@ def aggregate_fields(
     x = tensors[0]
     name = backends.choose_for_fields(backend, x.device, x.dtype, len(tensors), x.shape[1])
     if name == "triton":
+        refuse_forward_mode("aggregate_fields", *tensors)
         result, _ = _forward(tensors, u, mask, normalize_fields, normalize, name)
     else:
         result = weighted_mean(tensors, u, mask, normalize_fields, normalize)
@@ -66,7 +70,7 @@ def aggregate_fields(
 def weighted_mean(
     tensors: list[Tensor], u: list[float], mask: Tensor | None, normalize_fields: bool, normalize: bool
 ) -> Tensor:
-    """``aggregate_fields`` of checked arguments, in plain PyTorch."""
+    """`aggregate_fields` of checked arguments, in plain PyTorch."""
     compute = torch.promote_types(tensors[0].dtype, torch.float32)
     total = torch.zeros_like(tensors[0], dtype=compute)
     present_weight = total.new_zeros(total.shape[0], 1)
@@ -100,7 +104,7 @@ def _forward(
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(mean, inverse norms), see ``backends``."""
+    """(mean, inverse norms), see `backends`."""
     return backends.load(backend).aggregate_fields(fields, weights, mask, normalize_fields, normalize)
 
 
