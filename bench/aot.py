@@ -30,8 +30,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gcl_kernels.backends.triton import fields, kernels, launch
-from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, Tile, row_block
+from gcl_kernels.backends.triton import field_kernels, fields, kernels, operands, partials, softmax
+from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, TileShape, row_block
 
 RESULT = Path(__file__).parent / "results/aot.txt"
 
@@ -40,7 +40,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRID_FAMILIES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-# What ``launch.input_precision`` may ask of float32 products.
+# What ``operands.input_precision`` may ask of float32 products.
 PRECISIONS = {"cuda": ("ieee", "tf32", "tf32x3"), "hip": ("ieee", "bf16x3")}
 
 # The options that change machine code; the first is what CLIP training runs, and what has to be free of spills on every chip.
@@ -72,26 +72,7 @@ FIELD_VARIANTS = {
     "odd D": {"aligned": False},
 }
 
-POINTERS = {
-    "p_scale": "*fp32",
-    "p_labels": "*i32",
-    "p_lhs_ids": "*i32",
-    "p_rhs_ids": "*i32",
-    "p_total": "*fp64",
-    "p_skip": "*i32",
-}
-# what ``launch.operand`` guarantees, and the compiler is told at launch: multiples of 16
-ALIGNED_SIZES = (
-    "d",
-    "lhs_stride",
-    "rhs_stride",
-    "gradient_stride",
-    "kept_stride",
-    "row_line_stride",
-    "col_line_stride",
-    "lhs_ids_stride",
-    "rhs_ids_stride",
-)
+POINTERS = {"p_labels": "*i32", "p_total": "*fp64", "p_skip": "*i32"}
 
 
 @dataclass(frozen=True)
@@ -116,10 +97,10 @@ class Case:
         return self.kernel.startswith("aggregate")
 
     @property
-    def tile(self) -> Tile:
+    def tile(self) -> TileShape:
         options = VARIANTS[self.variant]
         masked = options.get("CHANNELS", 0) > 0 or options.get("LABELS", 0) > 1
-        return self.config.tile(self.kernel == "backward_tile", masked, keep="kept" in self.variant)
+        return self.config.tile(self.kernel == "backward_tile", masked, stored="kept" in self.variant)
 
     @property
     def config(self) -> Config:
@@ -138,7 +119,7 @@ class Case:
         if self.of_fields:
             block = row_block(self.d, self.family.target[2])
             return f"{block.rows}x{block.d} w{block.warps}"
-        return f"{launch.MERGE_TILES}x{launch.MERGE_LINES} w4"
+        return f"{partials.MERGE_TILES}x{partials.MERGE_LINES} w4"
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.family.name, self.kernel, self.type_name, f"D={self.d}", self.variant]))
@@ -231,20 +212,26 @@ def same_code(case: Case) -> Case:
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
     """Compile one kernel as ``launch`` and ``fields`` would launch it."""
-    kernel = getattr(fields if case.of_fields else kernels, case.kernel)
+    kernel = getattr(field_kernels if case.of_fields else kernels, case.kernel)
     if case.of_fields:
         types, constants = field_arguments(case)
     elif case.of_tiles:
         types, constants = tile_arguments(case)
     else:
-        types, constants = {}, {"BLOCK_TILES": launch.MERGE_TILES, "BLOCK_LINES": launch.MERGE_LINES, "num_warps": 4}
+        types, constants = (
+            {},
+            {"BLOCK_TILES": partials.MERGE_TILES, "BLOCK_LINES": partials.MERGE_LINES, "num_warps": 4},
+        )
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
     signature, attributes = {}, {}
     literals: dict[Any, Any] = dict(constants)
 
     def declare(kind: Any, path: tuple[int, ...]) -> Any:
-        """The compiler's word for an argument's type, which is "type", "type:16" (a multiple of 16), "type:1" (always 1), or
-        a tuple of them."""
+        """The compiler's word for an argument's type, which is "type", "type:16" (a multiple of 16), "type:1" (always 1),
+        None (the argument is None), or a tuple of them."""
+        if kind is None:
+            literals[path] = None
+            return "constexpr"
         if isinstance(kind, tuple):
             return tuple(declare(part, (*path, position)) for position, part in enumerate(kind))
         name, _, hint = kind.partition(":")
@@ -263,26 +250,55 @@ def build(case: Case) -> triton.compiler.CompiledKernel:
 
 def tile_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """Types of what is not a pointer to float32 or a plain number, and the constants."""
-    tile, descriptors, backward = case.tile, case.config.descriptors, case.kernel == "backward_tile"
-    element = TYPE_NAMES[case.dtype]
-    blocks = {"lhs": (tile.rows, tile.d), "rhs": (tile.cols, tile.d), "gradient": (tile.rows, tile.stored_cols)}
-    blocks["kept"] = blocks["gradient"]
-    options = {**(BACKWARD_OPTIONS if backward else FORWARD_OPTIONS), "HALVES": tile.halves}
-    names = {*options, "WHOLE_D"}
-    constants = {
-        **launch.tile_constants(tile, descriptors, case.d),
-        **options,
-        **{k: v for k, v in VARIANTS[case.variant].items() if k in names},
-        "WIDEN": False,
-        "PRECISION": case.precision,
-        "FULL_SCALE": case.dtype == torch.float32,
-    }
+    tile, backward, element = case.tile, case.kernel == "backward_tile", TYPE_NAMES[case.dtype]
+    options = {**(BACKWARD_OPTIONS if backward else FORWARD_OPTIONS), **VARIANTS[case.variant]}
+    descriptors = case.config.descriptors
+
+    def matrix(rows: int, cols: int) -> str:
+        return f"tensordesc<{element}[{rows}, {cols}]>" if descriptors else f"*{element}:16"
+
+    pointer, ids = "*fp32:16", (("*i32:16", "*i32:16"),) * options["CHANNELS"]
     types = {
-        **{name: f"tensordesc<{element}{list(b)}>" if descriptors else f"*{element}:16" for name, b in blocks.items()},
-        **dict.fromkeys(ALIGNED_SIZES, "i32:16"),
+        "lhs": matrix(tile.rows, tile.d),
+        "rhs": matrix(tile.cols, tile.d),
+        "strides": ("i32:16", "i32:16", "i32:16"),
+        "scale": (pointer, pointer if case.dtype == torch.float32 else None),
+        "terms": (ids or None,),
+        "d": "i32:16",
     }
-    if not constants.get("KEEP"):
-        types["kept"] = "*fp32:16"  # what stands in for it
+    constants = {
+        **operands.tile_constants(tile, case.d),
+        "PRECISION": case.precision,
+        "LABELS": max(options["LABELS"], 1),
+    }
+    if "WHOLE_D" in options:
+        constants["WHOLE_D"] = options["WHOLE_D"]
+    if not options["LABELS"]:
+        types["p_labels"] = None
+    if backward:
+        both = options["HAS_ROW"] and options["HAS_COL"]
+        line = (pointer, pointer, pointer if both else None)
+        types["gradient"] = matrix(tile.rows, tile.stored_cols)
+        types["lines"] = (
+            line if options["HAS_ROW"] else None,
+            line if options["HAS_COL"] else None,
+            pointer if both else None,
+        )
+        constants["FITS"] = softmax.one_exponential_is_exact if both and tile.one_exponential else None
+        constants["GRADIENT"] = softmax.gradient
+        constants["HALVES"] = tile.halves
+    else:
+        rows, columns, stored = options["WANT_ROW"], options["WANT_COL"], options["KEEP"]
+        if rows and columns:
+            epilogue = "both_by_one_exponential" if tile.one_exponential else "both_by_two"
+        else:
+            epilogue = ("rows" if rows else "columns") + ("_stored" if stored else "")
+        types["out"] = (pointer,) * (4 if rows and columns else 3 if stored else 2)
+        types["stored"] = matrix(tile.rows, tile.stored_cols) if stored else None
+        if not stored:
+            types["p_skip"] = None
+        constants["EPILOGUE"] = getattr(softmax, epilogue)
+        constants["HALVES"] = stored and tile.halves
     return types, constants
 
 
