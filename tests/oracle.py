@@ -29,4 +29,6 @@ def assert_accurate(actual, batch: testing.Batch, function=None, outputs=everyth
 
     inputs = batch.differentiable
     floor = testing.FLOOR + testing.luck(*inputs)
-    testing.assert_as_accurate(actual, testing.dense_forms(dense, inputs), testing.in_float64(dense, inputs), names, floor)
+    testing.assert_as_accurate(
+        actual, testing.dense_forms(dense, inputs), testing.in_float64(dense, inputs), names, floor
+    )
