@@ -57,26 +57,12 @@ def read(path: Path) -> dict[str, Any]:
         return {"cells": []}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)  # never half a file
-
-
 def case_of(cell: Cell) -> Case:
     return Case(**{name: cell[name] for name in Case.__dataclass_fields__})
 
 
 def median(cell: Cell) -> float:
     return statistics.median(cell["seconds"])
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
 
 
 def spread(cell: Cell) -> str:
@@ -112,7 +98,7 @@ def table(cells: Sequence[Cell], title: str) -> str:
         error = cell.get("error") or {}
         lines.append(
             "| " + " | ".join([
-                name, duration(median(cell)), spread(cell), f"{cell['tflops']:.3g}", rate(cell),
+                name, plan.duration(median(cell)), spread(cell), f"{cell['tflops']:.3g}", rate(cell),
                 f"{ratios[cell['peer']]:.2f}x" if cell["peer"] in ratios else "",
                 f"{cell['extra_mib']:,.0f} MiB" if cell.get("extra_mib") is not None else "",
                 *(f"{error[k]:.1e}" if k in error else "" for k in ("loss", "lhs", "rhs", "logit_scale")),
@@ -206,7 +192,7 @@ def readme_table(result: dict[str, Any]) -> str:
         faster = ours["over"]["open_clip"] if dense else None
         slower += [n] if faster is not None and faster < 1 else []
         lines.append(
-            f"| {n:,} | {duration(median(ours))} | {duration(median(dense)) if dense else 'not run'} | "
+            f"| {n:,} | {plan.duration(median(ours))} | {plan.duration(median(dense)) if dense else 'not run'} | "
             f"{'' if faster is None else f'{faster:.2f}x'} | {work(case_of(ours)):.1f} N²D | "
             f"{rate(ours)} | {memory[0]} | {memory[1]} |"
         )

@@ -177,5 +177,26 @@ def _refuse_double_backward(ctx, *grads):
     )
 
 
+def _one_by_one(operator):
+    """A rule for `torch.func.vmap`: the operator of each element of the batch. PyTorch's own takes no lists of tensors."""
+
+    def rule(info, in_dims, *arguments):
+        def element(x, dim, i):
+            if isinstance(x, (list, tuple)):
+                dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+                return [element(v, d, i) for v, d in zip(x, dims, strict=True)]
+            return x if dim is None else x.select(dim, i)
+
+        results = [
+            operator(*(element(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+_forward.register_vmap(_one_by_one(_forward))
+_backward.register_vmap(_one_by_one(_backward))
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 _backward.register_autograd(_refuse_double_backward, setup_context=lambda ctx, inputs, output: None)

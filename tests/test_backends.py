@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gcl_kernels import backends, pairwise_logsumexp
+from gcl_kernels import backends
 from gcl_kernels.backends import choice
 
 ROOT = Path(__file__).parents[1]
@@ -120,18 +120,28 @@ def test_the_environment_is_the_default(monkeypatch):
         assert backends.workspace_bytes() == 0
 
 
-def test_a_device_without_half_precision_products_is_told_so_once():
-    """The way of other devices, on CPU tensors: this torch has no product of half precision with float32 results on a CPU."""
+def test_a_device_without_half_precision_products_is_told_so_once(monkeypatch):
     from gcl_kernels.backends import products
 
     products.way.cache_clear()
-    x = torch.randn(9, 4).to(torch.bfloat16)
-    with backends.settings(host_reads=False), warnings.catch_warnings(record=True) as seen:
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options)
+    )  # there is no such device
+    with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for _ in range(2):
-            actual = pairwise_logsumexp(x, x, 2.0)
+        assert [products.way("cuda", torch.bfloat16) for _ in range(2)] == ["widen", "widen"]
+    products.way.cache_clear()
     assert len(seen) == 1
-    assert "no product of torch.bfloat16 with float32 results on cpu devices" in str(seen[0].message)
-    expected = pairwise_logsumexp(x, x, 2.0)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    assert "no product of torch.bfloat16 with float32 results on cuda devices" in str(seen[0].message)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_products_of_half_precision_are_added_up_in_float32(first):
+    from gcl_kernels.backends.products import add_product, product
+
+    a, b = torch.randn(9, 4).to(torch.bfloat16), torch.randn(4, 7).to(torch.bfloat16)
+    total = torch.full((9, 7), torch.nan if first else 1.0)
+    add_product(total, a, b, first)
+    torch.testing.assert_close(total, a.float() @ b.float() + (0 if first else 1))
+    torch.testing.assert_close(product(a, b, torch.empty(9, 7)), a.float() @ b.float())

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 import reference
-from gcl_kernels import ClipLoss, GCLLoss, aggregate_fields, gcl_loss, pairwise_logsumexp
+from gcl_kernels import ClipLoss, GCLLoss, aggregate_fields, backends, gcl_loss, pairwise_logsumexp
 
 REFUSED = r"expected tensors without forward-mode tangents .* gcl_kernels\.reference"
 X, Y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (4, 5))
@@ -36,6 +36,12 @@ LOSSES = {
     "pairwise_logsumexp, logit_scale": (lambda s: pairwise_logsumexp(X, Y, s).col.sum(), S),
     "aggregate_fields, Triton": (lambda x: aggregate_fields([X.float(), x], backend="triton").sum(), X.float()),
 }
+
+
+@pytest.fixture(autouse=True)
+def triton_is_chosen_where_it_is_named(monkeypatch):
+    """On CPU tensors too: the refusal comes before anything is launched."""
+    monkeypatch.setattr(backends, "choose_for_fields", lambda name, *_: name or "torch")
 
 
 def forward_ad_of(function, x):

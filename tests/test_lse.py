@@ -26,7 +26,6 @@ def test_as_accurate_as_dense_pytorch(problem, dtype, tile):
 
 
 @given(problem=testing.problems(), dtype=st.sampled_from(DTYPES), tile=st.one_of(st.none(), tiles))
-@pytest.mark.filterwarnings("ignore:gcl_kernels. this torch .* has no product:UserWarning")
 def test_as_accurate_on_a_device_whose_numbers_are_not_read(problem, dtype, tile):
     """Two exponentials always, tiles of whole lines by default, sums of positives in integers, half-precision operands."""
     batch = problem.build(dtype)

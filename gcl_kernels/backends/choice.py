@@ -56,7 +56,7 @@ def choose_with_reason(name: str | None, device: torch.device, dtype: torch.dtyp
     reason = BACKENDS["triton"].refusal(device, dtype)
     if reason is None:
         return "triton", "the device is CUDA or HIP"
-    if why_not_triton() is not None:
+    if reason == why_not_triton():  # and not what these tensors are
         _warn_of_fallback(reason)
     return "torch", reason
 
@@ -132,6 +132,11 @@ def load(name: str) -> ModuleType:
 def choose_for_fields(name: str | None, device: torch.device, dtype: torch.dtype, n_fields: int, d: int) -> str:
     """As `choose`; what no kernel takes goes to torch unless a backend was named."""
     return choose(name if name or fields_fit(n_fields, d) else "torch", device, dtype)
+
+
+# What torch.compile traces calls it once and takes the answer: it cannot trace the import of Triton. (This is what
+# torch.compiler.assume_constant_result does, which would load the compiler here.)
+choose_for_fields._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def fields_fit(n_fields: int, d: int) -> bool:

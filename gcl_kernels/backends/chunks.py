@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from .settings import current, workspace_bytes
 
+# Rows of a chunk of G start on a line of 128 bytes: so many numbers of two bytes.
+LINE = 64
+
 
 def slices(length: int, step: int) -> Iterator[slice]:
     starts = range(0, length, step)
@@ -52,5 +55,5 @@ def chunk_of_gradient(n: int, m: int, tile: tuple[int, int], itemsize: int) -> t
     budget = workspace_bytes() // itemsize
     rows = min(n, max(math.isqrt(budget), tile[0]))
     cols = min(m, max(budget // rows, tile[1]))
-    rows = min(n, max(budget // cols, tile[0]))
+    rows = min(n, max(budget // round_up(cols, LINE), tile[0]))
     return equal_parts(n, rows, tile[0]), equal_parts(m, cols, tile[1])

@@ -72,7 +72,7 @@ class Problem:
             options["labels"] = torch.randint(-1, self.m, shape, generator=g)
         if self.id_channels:
             options["lhs_ids"], options["rhs_ids"] = (
-                torch.randint(-1, self.distinct_ids, (k, self.id_channels), generator=g) for k in (self.n, self.m)
+                torch.randint(-3, self.distinct_ids, (k, self.id_channels), generator=g) for k in (self.n, self.m)
             )
         scale = torch.tensor(self.logit_scale, dtype=torch.promote_types(dtype, torch.float32))
         lhs, rhs = (self._lay_out(x.to(dtype)).to(device).requires_grad_() for x in (lhs, rhs))

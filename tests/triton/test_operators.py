@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcl_kernels import gcl_loss
+from gcl_kernels import gcl_loss, ops
 
 from .conftest import DEVICE, INTERPRETED
 
@@ -13,8 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def test_the_operator_passes_opcheck():
     lhs, rhs = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 7))
-    arguments = lhs, rhs, torch.tensor(2.0, device=DEVICE), None, None, None, [True, True], None, None, None
-    torch.library.opcheck(torch.ops.gcl_kernels.pairwise_logsumexp.default, (*arguments, [True, True, False], "triton"))
+    tensors = [lhs, rhs, torch.tensor(2.0, device=DEVICE)]
+    arguments = tensors, "lhs,rhs,logit_scale", [True, True], [True, True, False], "triton"
+    torch.library.opcheck(ops._forward, arguments)
 
 
 @pytest.mark.parametrize("directions", ["both", "lhs_to_rhs"])

@@ -196,12 +196,11 @@ def backward_tile(
     operands = (lhs, rhs, strides, scale, d)
     labels = (p_labels, shift, p_entry)
     target = (gradient, strides[2])
-    exact = False
-    if FITS is not None:
-        exact = FITS(lines, place, BLOCK_ROWS, BLOCK_COLS)
-
     # The form is chosen before the products, so that neither form's vectors are held in registers for the other's sake.
-    if exact:
+    if FITS is None:
+        b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
+        store_gradient(b_s, target, terms, lines, labels, place, LABELS, GRADIENT, HALVES, False)
+    elif FITS(lines, place, BLOCK_ROWS, BLOCK_COLS):
         b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
         store_gradient(b_s, target, terms, lines, labels, place, LABELS, GRADIENT, HALVES, True)
     else:

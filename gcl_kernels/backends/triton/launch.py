@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...pairs import Pairs
 from ..base2 import LN2, Line
-from ..chunks import cdiv, chunk_of_gradient, round_up, rows_of_partials, slices
+from ..chunks import LINE, cdiv, chunk_of_gradient, round_up, rows_of_partials, slices
 from ..contract import Gradients, Lines, Need, Want
 from ..positives import positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product
@@ -30,8 +30,8 @@ def forward(pairs: Pairs, want: Want) -> Lines:
     col_tiles, row_tiles = cdiv(x.m, tile.cols), cdiv(chunk, tile.rows)
     row = Statistics.of(x.lhs, x.n) if want.row else None
     col = Statistics.of(x.lhs, x.m) if want.col else None
-    row_parts = empty_parts(x.lhs, col_tiles, chunk) if want.row else ()
-    col_parts = empty_parts(x.lhs, row_tiles, x.m) if want.col else ()
+    row_parts = empty_parts(x.lhs, col_tiles, chunk) if want.row else None
+    col_parts = empty_parts(x.lhs, row_tiles, x.m) if want.col else None
     positive = x.lhs.new_zeros((x.n, x.positives), dtype=torch.float32)
     for rows in slices(x.n, chunk):
         row_tiles = cdiv(rows.stop - rows.start, tile.rows)
@@ -40,15 +40,15 @@ def forward(pairs: Pairs, want: Want) -> Lines:
             row_tiles * col_tiles,
             **x.arguments(rows, slice(0, x.m), tile),
             p_positive=positive[rows],
-            out=(*row_parts, *col_parts),
+            out=(*(row_parts or ()), *(col_parts or ())),
             stored=None,
             p_skip=None,
             EPILOGUE=epilogue(want, tile),
             HALVES=False,
         )
-        if row is not None:
+        if row is not None and row_parts is not None:
             row[rows].merge(row_parts, col_tiles)
-        if col is not None:
+        if col is not None and col_parts is not None:
             col.merge(col_parts, row_tiles)
     # the kernel leaves positives out: they join their lines here, in float64
     positive2 = positive.to(torch.float64)
@@ -89,7 +89,7 @@ def backward(
     stored = storable(x.lhs)
     chunk = chunk_of_gradient(x.n, x.m, tile.sides, stored.itemsize)
     # every row of G starts on a line of 128 bytes
-    workspace = x.lhs.new_empty((chunk[0], round_up(chunk[1], 64)), dtype=stored)
+    workspace = x.lhs.new_empty((chunk[0], round_up(chunk[1], LINE)), dtype=stored)
     for rows in slices(x.n, chunk[0]):
         lhs = x.lhs[rows]
         product = torch.zeros_like(lhs, dtype=torch.float32) if with_lhs else None

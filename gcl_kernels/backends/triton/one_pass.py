@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...pairs import Pairs
 from ..base2 import LN2
-from ..chunks import cdiv, round_up, slices, whole_lines
+from ..chunks import LINE, cdiv, round_up, slices, whole_lines
 from ..contract import Gradients, Lines, Need
 from ..positives import distinct_positives, positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product
@@ -51,7 +51,7 @@ def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Li
     tile = x.tile(stored=True)
     stored = storable(x.lhs)
     chunk = whole_lines(len(own), len(other), tile.rows if by_row else tile.cols, stored.itemsize)
-    workspace = x.lhs.new_empty((chunk if by_row else x.n, round_up(x.m if by_row else chunk, 64)), dtype=stored)
+    workspace = x.lhs.new_empty((chunk if by_row else x.n, round_up(x.m if by_row else chunk, LINE)), dtype=stored)
     with_own = need_own or (need.scale and not need_other)
     d_own = torch.zeros_like(own, dtype=torch.float32) if with_own else None
     d_other = torch.zeros_like(other, dtype=torch.float32) if need_other else None

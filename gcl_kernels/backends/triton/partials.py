@@ -52,4 +52,5 @@ class Statistics:
 
 def empty_parts(like: Tensor, tiles: int, lines: int) -> tuple[Tensor, Tensor]:
     """Tops and totals of each line in each tile, for an epilogue to fill."""
-    return tuple(like.new_empty(tiles * lines, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+    tops, totals = (like.new_empty(tiles * lines, dtype=torch.float32) for _ in range(2))
+    return tops, totals
