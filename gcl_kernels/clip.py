@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .forward_mode import refuse_forward_mode
+from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .losses import gcl_loss
 
