@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import memory
-from gcl_kernels import plan
+from gcl_kernels import backends, plan
+from gcl_kernels.backends.chunks import rows_of_partials
 from gcl_kernels.chips import CHIPS, DTYPES, Reach
-from gcl_kernels.plan import Problem
+from gcl_kernels.plan import Sizes
+from gcl_kernels.plan import gpu as gpu_model
+from tests.tracing import trace_step
 
 H200 = CHIPS["h200"]
 CPU = dataclasses.replace(H200, family=None)  # memory does not ask for a rate
 MIB = 2**20
-needs_triton = pytest.mark.skipif(not plan.backends.HAS_TRITON, reason="Triton is not installed")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -30,7 +32,6 @@ def test_memory_on_a_cpu_as_measured(case, monkeypatch):
     assert memory.predicted(case, CPU) == pytest.approx(memory.measured(case), rel=0.15)
 
 
-@needs_triton
 @pytest.mark.parametrize(
     ("n", "m", "d", "dtype"),
     [
@@ -43,9 +44,7 @@ def test_memory_on_a_cpu_as_measured(case, monkeypatch):
 )
 def test_triton_as_its_launch_code_does(n, m, d, dtype):
     """Chunks, products and memory of the launch code itself, run on tensors without memory."""
-    from .tracing import trace_step
-
-    p = Problem(n, m, d, dtype)
+    p = Sizes(n, m, d, dtype)
     config = plan.launch_config(p, H200)
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     forward, backward = trace_step(n, m, d, torch_dtype, config)
@@ -56,20 +55,19 @@ def test_triton_as_its_launch_code_does(n, m, d, dtype):
     assert prediction.flops == 8 * n * m * d
     assert prediction.remark == (
         f"G in {backward.kernels['backward_tile']:,} of {' x '.join(f'{k:,}' for k in backward.largest_gradient)}, "
-        f"forward in {forward.kernels['forward_tile']:,} of {plan.triton_launch().forward_chunk(n, m, config.forward):,} rows"
+        f"forward in {forward.kernels['forward_tile']:,} of {rows_of_partials(n, m, config.forward.sides, True, True):,} rows"
     )
-    extra = max(forward.peak, backward.peak - plan.gradients(p))
+    extra = max(forward.peak, backward.peak - p.gradients)
     assert prediction.extra_memory == pytest.approx(extra, rel=0.1)
     # the loss's own operators and autograd's are not in the trace
     chunks = backward.kernels["backward_tile"]
-    operators = plan.FORWARD_OPERATORS + plan.BACKWARD_OPERATORS + plan.OPERATORS_A_TILE * chunks
-    operators += plan.OPERATORS_A_CHUNK * -(-n // backward.largest_gradient[0])
+    operators = gpu_model.FORWARD_OPERATORS + gpu_model.BACKWARD_OPERATORS + gpu_model.OPERATORS_A_TILE * chunks
+    operators += gpu_model.OPERATORS_A_CHUNK * -(-n // backward.largest_gradient[0])
     assert operators == pytest.approx(forward.operators + backward.operators, rel=0.15)
 
 
-@needs_triton
 def test_ranks_share_the_work_and_hold_all_columns(monkeypatch):
-    one, eight = (Problem.of_batch(65_536, 768, "bf16", world_size) for world_size in (1, 8))
+    one, eight = (Sizes.of_batch(65_536, 768, "bf16", world_size) for world_size in (1, 8))
     assert plan.ours(eight, H200).flops == plan.ours(one, H200).flops / 8 == 65_536**2 * 768
     assert plan.dense(eight, H200).flops == 12 * 65_536**2 * 768 / 8
     assert eight.gathered == 7 / 8 * 65_536 * 768 * 2
@@ -94,29 +92,27 @@ def test_ranks_share_the_work_and_hold_all_columns(monkeypatch):
     st.sampled_from((1, 8)),
 )
 @settings(max_examples=60)
-@needs_triton
 def test_more_work_is_never_predicted_to_be_less(predict, chip, dtype, log2_n, d, world_size):
-    p = Problem.of_batch(2**log2_n, d, dtype, world_size)
+    p = Sizes.of_batch(2**log2_n, d, dtype, world_size)
     small, large = predict(p, chip), predict(dataclasses.replace(p, n=2 * p.n, m=2 * p.m), chip)
     wide = predict(dataclasses.replace(p, d=2 * d), chip)
     assert small.extra_memory >= 0
     for more in (large, wide):
         assert more.flops > small.flops
         assert more.serial(chip) >= small.serial(chip) >= small.overlapped(chip) > 0
-    if chip is not CPU or predict is plan.dense:  # a larger plane may be one of which nothing is kept
+    if chip is not CPU or predict is plan.dense:  # a larger plane may be one of which nothing is stored
         assert large.extra_memory >= 0.9 * small.extra_memory
     slower = dataclasses.replace(chip, half=chip.half / 2, tf32=chip.tf32 / 2, fp32=chip.fp32 / 2)
     assert predict(p, slower).serial(slower) > small.serial(chip)
 
 
-@needs_triton
 def test_the_largest_batch_fits_and_the_next_does_not():
-    p = Problem.of_batch(1, 768, "bf16", 2)
+    p = Sizes.of_batch(1, 768, "bf16", 2)
     for predict in (plan.ours, plan.dense):
         largest = plan.largest_batch(predict, p, H200, 20e9)
 
         def needed(batch, predict=predict):
-            q = Problem.of_batch(batch, 768, "bf16", 2)
+            q = Sizes.of_batch(batch, 768, "bf16", 2)
             return q.inputs_and_gradients + predict(q, H200).extra_memory
 
         assert largest % 512 == 0
@@ -124,16 +120,16 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert plan.largest_batch(plan.dense, p, H200, 1e3) == 0
 
 
-def test_kept_tiles_follow_the_budget(monkeypatch):
-    p = Problem.of_batch(8192, 64, "fp32")
-    kept = {}
+def test_stored_tiles_follow_the_budget():
+    p = Sizes.of_batch(8192, 64, "fp32")
+    stored = {}
     for budget in (1, 16, 64, 256, 1024):
-        monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", str(budget))
-        kept[budget] = plan.kept_tiles(p)
-    assert kept == {1: 0, 16: 0, 64: 14, 256: 62, 1024: 64}
-    assert plan.by_torch(p, CPU).flops == 6 * 8192**2 * 64
-    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
-    assert plan.by_torch(p, CPU).flops == 8 * 8192**2 * 64
+        with backends.settings(workspace_mib=budget):
+            stored[budget] = plan.stored_tiles(p)
+    assert stored == {1: 0, 16: 0, 64: 14, 256: 62, 1024: 64}
+    for budget, units in ((1024, 6), (1, 8)):
+        with backends.settings(workspace_mib=budget):
+            assert plan.on_cpu(p, CPU).flops == units * 8192**2 * 64
 
 
 def test_rates_of_a_chip_follow_from_its_clock():
@@ -144,7 +140,6 @@ def test_rates_of_a_chip_follow_from_its_clock():
         assert chip.rate("bf16") == chip.rate("fp16") == chip.half
 
 
-@needs_triton
 def test_command():
     command = [sys.executable, "-m", "gcl_kernels.plan", "--batch", "4096", "--dim", "64", "--dtype", "bf16"]
     result = subprocess.run([*command, "--device", "h200"], capture_output=True, text=True, check=False)
@@ -159,7 +154,7 @@ def test_this_cpu(capsys):
     out = capsys.readouterr().out
     assert out.startswith(plan.LABEL)
     assert "measured just now" in out
-    assert "tiles of 1,024 x 1,024, 2 of 2 kept" in out
+    assert "tiles of 1,024 x 1,024, 2 of 2 stored for the backward" in out
     assert "exchange between ranks is not" in out
 
 
@@ -171,7 +166,6 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-@needs_triton
 def test_what_is_expected_of_a_chip_is_a_parameter(capsys):
     whole = ["--batch", "65536", "--dim", "768", "--device", "h200"]
     plan.main(whole)
