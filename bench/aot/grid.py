@@ -1,0 +1,134 @@
+"""What is compiled: kernels, dtypes, dimensions and variants, of every chip of the configuration table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bench.cases import SHORT_NAMES
+from gcl_kernels.backends.triton import launch
+from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, Tile, row_block
+
+DIMENSIONS = (64, 256, 512, 768, 1024, 1280)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GRID_FAMILIES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+
+# What `launch.input_precision` may ask of float32 products.
+PRECISIONS = {"cuda": ("ieee", "tf32", "tf32x3"), "hip": ("ieee", "bf16x3")}
+
+# The options that change machine code; the first is what CLIP training runs, and what has to be free of spills on every chip.
+FORWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "WANT_ROW": True, "WANT_COL": True, "KEEP": False}
+BACKWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "HAS_ROW": True, "HAS_COL": True}
+VARIANTS = {
+    "": {},
+    "labels": {"LABELS": 1},
+    "ids": {"CHANNELS": 1},
+    "3 labels": {"LABELS": 3},
+    "ids+labels": {"LABELS": 3, "CHANNELS": 2},
+    "rows only": {"WANT_COL": False, "HAS_COL": False},
+    "columns only": {"WANT_ROW": False, "HAS_ROW": False},
+    "rows kept": {"WANT_COL": False, "KEEP": True},  # of the forward: one direction in one pass
+    "columns kept": {"WANT_ROW": False, "KEEP": True},
+    "ids kept": {"WANT_COL": False, "KEEP": True, "CHANNELS": 1},
+    "D tail": {"WHOLE_D": False},
+}
+
+# Of the field kernels. An odd D is the slow path: rows that start anywhere are read a number at a time.
+FIELD_OPTIONS = {"n_fields": 2, "HAS_MASK": False, "NORMALIZE_FIELDS": True, "NORMALIZE": True, "aligned": True}
+FIELD_VARIANTS = {
+    "": {},
+    "1 field": {"n_fields": 1},
+    "4 fields": {"n_fields": 4},
+    "8 fields": {"n_fields": 8},
+    "mask": {"HAS_MASK": True},
+    "as given": {"NORMALIZE_FIELDS": False, "NORMALIZE": False},
+    "odd D": {"aligned": False},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: Family
+    kernel: str
+    dtype: torch.dtype
+    d: int
+    variant: str = ""
+    precision: str = "ieee"
+
+    @property
+    def type_name(self) -> str:
+        return SHORT_NAMES[self.dtype] if self.precision == "ieee" else self.precision
+
+    @property
+    def of_tiles(self) -> bool:
+        return self.kernel in ("forward_tile", "backward_tile")
+
+    @property
+    def of_fields(self) -> bool:
+        return self.kernel.startswith("aggregate")
+
+    @property
+    def tile(self) -> Tile:
+        options = VARIANTS[self.variant]
+        masked = options.get("CHANNELS", 0) > 0 or options.get("LABELS", 0) > 1
+        return self.config.tile(self.kernel == "backward_tile", masked, keep="kept" in self.variant)
+
+    @property
+    def config(self) -> Config:
+        return self.family.config(self.dtype, self.d, self.precision)
+
+    @property
+    def field_options(self) -> dict[str, Any]:
+        return {**FIELD_OPTIONS, **FIELD_VARIANTS[self.variant]}
+
+    @property
+    def shape(self) -> str:
+        """How it is launched: tile (rows x columns x D a step) or block (rows x D), warps, stages."""
+        if self.of_tiles:
+            tile = self.tile
+            return f"{tile.rows}x{tile.cols}x{tile.d} w{tile.warps} s{tile.stages}"
+        if self.of_fields:
+            block = row_block(self.d, self.family.target[2])
+            return f"{block.rows}x{block.d} w{block.warps}"
+        return f"{launch.MERGE_TILES}x{launch.MERGE_LINES} w4"
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, [self.family.name, self.kernel, self.type_name, f"D={self.d}", self.variant]))
+
+
+def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Sequence[int]) -> Iterator[Case]:
+    """Every kernel of the table at every D, and at the last D of its band every variant."""
+    for name in families:
+        family = FAMILIES[name]
+        yield Case(family, "merge_partials", torch.float32, dimensions[0])
+        for dtype in dtypes:
+            for precision in PRECISIONS[family.target[0]] if dtype == torch.float32 else ("ieee",):
+                for kernel in ("forward_tile", "backward_tile"):
+                    for position, d in enumerate(dimensions):
+                        case = Case(family, kernel, dtype, d, "", precision)
+                        yield case
+                        next_d = dimensions[position + 1] if position + 1 < len(dimensions) else math.inf
+                        if next_d == math.inf or replace(case, d=int(next_d)).config != case.config:
+                            yield from (
+                                replace(case, variant=v)
+                                for v in VARIANTS
+                                if v and (kernel == "forward_tile" or "kept" not in v)
+                            )
+            for kernel in ("aggregate_forward", "aggregate_backward"):
+                yield from (Case(family, kernel, dtype, d) for d in dimensions)
+                yield from (Case(family, kernel, dtype, dimensions[-1], v) for v in FIELD_VARIANTS if v)
+
+
+def same_code(case: Case) -> Case:
+    """The case with the smallest D that compiles to the same machine code: D is an argument; its configuration, and whether it
+    is whole steps (a block of the field kernels: its next power of two), are not."""
+
+    def compiled_in(d: int) -> Any:
+        other = replace(case, d=d)
+        return (other.config, d % other.tile.d == 0) if case.of_tiles else other.shape
+
+    return replace(case, d=next((d for d in DIMENSIONS if compiled_in(d) == compiled_in(case.d)), case.d))
