@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 
 from bench import memory
 from gcl_kernels import backends, plan
-from gcl_kernels.backends.chunks import rows_of_partials
+from gcl_kernels.backends import Lines, Need, Want
+from gcl_kernels.backends.triton import launch, run
 from gcl_kernels.chips import CHIPS, DTYPES, Reach
-from gcl_kernels.plan import Sizes
-from gcl_kernels.plan import gpu as gpu_model
-from tests.tracing import trace_step
+from gcl_kernels.pairs import Pairs
+from gcl_kernels.plan import Sizes, gpu
+from tests.counting import Operators, Products
 
 H200 = CHIPS["h200"]
 CPU = dataclasses.replace(H200, family=None)  # memory does not ask for a rate
@@ -36,34 +38,77 @@ def test_memory_on_a_cpu_as_measured(case, monkeypatch):
     ("n", "m", "d", "dtype"),
     [
         (4096, 4096, 768, "bf16"),
-        (65_536, 65_536, 768, "bf16"),
         (65_536, 65_536, 760, "fp16"),
         (8192, 65_536, 512, "bf16"),
         (16_384, 16_384, 256, "fp32"),
     ],
 )
-def test_triton_as_its_launch_code_does(n, m, d, dtype):
-    """Chunks, products and memory of the launch code itself, run on tensors without memory."""
-    p = Sizes(n, m, d, dtype)
-    config = plan.launch_config(p, H200)
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    forward, backward = trace_step(n, m, d, torch_dtype, config)
-    prediction = plan.ours(p, H200)
-    padded_d = -(-d // 16) * 16
-    assert forward.tile_logits == backward.tile_logits == n * m
-    assert backward.product_flops == 4 * n * m * padded_d
+def test_phases_are_those_of_the_launch_code(n, m, d, dtype):
+    """Chunks, kernels and products of the launch code itself, run on tensors without memory."""
+    p = plan.Sizes(n, m, d, dtype)
+    kernels, tile_logits, chunks = Counter(), Counter(), []
+
+    def note(kernel, programs, **arguments):
+        kernels[kernel] += 1
+        if kernel != "merge_partials":
+            tile_logits[kernel] += arguments["n"] * arguments["m"]
+        if kernel == "backward_tile":
+            chunks.append((arguments["n"], arguments["m"]))
+
+    lhs, rhs = (torch.empty(k, d, dtype=p.torch_dtype, device="meta") for k in (n, m))
+    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"))
+    with (
+        backends.settings(config=plan.launch_config(p, H200)),
+        run.replaced_by(note),
+        Products() as products,
+        Operators() as made,
+    ):
+        statistics = launch.forward(pairs, Want(True, True))
+        launch.backward(pairs, statistics, Lines(*map(torch.empty_like, statistics)), Need(True, True, True))
+    prediction, padded_d = plan.ours(p, H200), -(-d // 16) * 16
+    assert set(tile_logits.values()) == {n * m}
+    assert products.flops == 4 * n * m * padded_d
     assert prediction.flops == 8 * n * m * d
-    assert prediction.remark == (
-        f"G in {backward.kernels['backward_tile']:,} of {' x '.join(f'{k:,}' for k in backward.largest_gradient)}, "
-        f"forward in {forward.kernels['forward_tile']:,} of {rows_of_partials(n, m, config.forward.sides, True, True):,} rows"
-    )
-    extra = max(forward.peak, backward.peak - p.gradients)
-    assert prediction.extra_memory == pytest.approx(extra, rel=0.1)
-    # the loss's own operators and autograd's are not in the trace
-    chunks = backward.kernels["backward_tile"]
-    operators = gpu_model.FORWARD_OPERATORS + gpu_model.BACKWARD_OPERATORS + gpu_model.OPERATORS_A_TILE * chunks
-    operators += gpu_model.OPERATORS_A_CHUNK * -(-n // backward.largest_gradient[0])
-    assert operators == pytest.approx(forward.operators + backward.operators, rel=0.15)
+    assert f"G in {len(chunks):,} of {' x '.join(f'{k:,}' for k in max(chunks))}" in prediction.remark
+    assert f"forward in {kernels['forward_tile']:,} of" in prediction.remark
+    # the loss's own operators and autograd's are not among these
+    operators = gpu.FORWARD_OPERATORS + gpu.BACKWARD_OPERATORS + gpu.OPERATORS_A_TILE * len(chunks)
+    operators += gpu.OPERATORS_A_CHUNK * -(-n // max(chunks)[0])
+    assert operators == pytest.approx(made.count, rel=0.15)
+
+
+def test_the_peak_of_few_chunks_is_that_of_all(monkeypatch):
+    """`plan` runs the first two chunks and the last of each loop."""
+    from gcl_kernels.plan import trace
+
+    p = plan.Sizes(8192, 8192, 256, "bf16")
+    peaks = {}
+    for few in (True, False):
+        monkeypatch.setattr(
+            trace, "settings", lambda few=few, **given: backends.settings(**{**given, "few_chunks": few})
+        )
+        trace._peaks.cache_clear()
+        monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "2")
+        peaks[few] = trace.peak_memory(p, plan.launch_config(p, H200), False)
+    trace._peaks.cache_clear()
+    assert peaks[True] == peaks[False]
+
+
+def test_one_direction_in_one_pass_holds_whole_lines():
+    both, one = (plan.Sizes(65_536, 65_536, 768, "bf16", directions=k) for k in (2, 1))
+    assert plan.ours(one, H200).flops == 6 * 65_536**2 * 768
+    accumulators = 4 * 2 * 65_536 * 768
+    budget = backends.workspace_bytes()
+    assert plan.ours(one, H200).extra_memory == pytest.approx(budget + accumulators, rel=0.25)
+    assert plan.ours(both, H200).extra_memory < budget + 2 * accumulators
+
+
+def test_a_gpu_is_planned_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from gcl_kernels import plan; plan.main()"
+    options = ["--batch", "65536", "--dim", "768", "--device", "h200"]
+    result = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ours, triton" in result.stdout
 
 
 def test_ranks_share_the_work_and_hold_all_columns(monkeypatch):
@@ -120,16 +165,16 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert plan.largest_batch(plan.dense, p, H200, 1e3) == 0
 
 
-def test_stored_tiles_follow_the_budget():
+def test_stored_tiles_follow_the_budget(monkeypatch):
     p = Sizes.of_batch(8192, 64, "fp32")
     stored = {}
     for budget in (1, 16, 64, 256, 1024):
-        with backends.settings(workspace_mib=budget):
-            stored[budget] = plan.stored_tiles(p)
+        monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", str(budget))
+        stored[budget] = plan.stored_tiles(p)
     assert stored == {1: 0, 16: 0, 64: 14, 256: 62, 1024: 64}
-    for budget, units in ((1024, 6), (1, 8)):
-        with backends.settings(workspace_mib=budget):
-            assert plan.on_cpu(p, CPU).flops == units * 8192**2 * 64
+    assert plan.on_cpu(p, CPU).flops == 6 * 8192**2 * 64
+    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
+    assert plan.on_cpu(p, CPU).flops == 8 * 8192**2 * 64
 
 
 def test_rates_of_a_chip_follow_from_its_clock():
@@ -154,7 +199,7 @@ def test_this_cpu(capsys):
     out = capsys.readouterr().out
     assert out.startswith(plan.LABEL)
     assert "measured just now" in out
-    assert "tiles of 1,024 x 1,024, 2 of 2 stored for the backward" in out
+    assert "tiles of 1,024 x 1,024, 2 of 2 stored" in out
     assert "exchange between ranks is not" in out
 
 
