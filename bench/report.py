@@ -132,12 +132,13 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
         "    make bench     # ours beside its peers, 5 minutes on 2 cores; then this page",
         "    make curves    # the scaling curves; a quarter of an hour on 2 cores",
         "    python -m bench --help", "",
-        "Ours and its peers take turns in one process, with a matrix product between them; times are medians over turns, "
-        "ratios medians of each turn's ratio, and a step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
-        "least work without N x M memory: 8 N M D for both directions, 6 for one, 2 for a forward alone. Ours does less on a "
-        "CPU where its workspace budget holds exponentials from one pass to the next, and the dense losses do 12: a rate above "
-        "the GEMM's is no mistake, nor what a loss's products ran at. Extra memory is the peak over inputs and gradients, on a "
-        "CPU in a fresh process. Errors are relative to float64, by norm.",
+        "Ours and its peers take turns in one process, with a matrix product between them. Times are medians over turns, and "
+        "ratios are medians of each turn's ratio. A step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
+        "least work without N x M memory: 8 N M D floating-point operations for both directions, 6 for one, 2 for a forward "
+        "alone. Ours does fewer on a CPU where its workspace holds exponentials from one pass to the next; the dense losses do "
+        "12. A rate above the GEMM's is therefore possible, because fewer operations were done than are counted; it is not the "
+        "speed of the products themselves. Extra memory is the peak over inputs and gradients, on a CPU in a fresh process. "
+        "Errors are relative to float64, by norm.",
         "",
     ]  # fmt: skip
     for name, result in results.items():
@@ -198,10 +199,10 @@ def readme_table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "Work, by the rule the code follows: 6 N²D where the workspace budget holds all exponentials from one pass to the next, "
-        "8 where none. Of the GEMM rate: as if it were always 8, so that it may exceed 100%. A step of over 20 seconds was "
-        "measured once, and has no rate."
-        + (f" At N = {', '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
+        "*Work* is the number of floating-point operations in units of N²D: 6 if the workspace holds all exponentials from one "
+        "pass to the next, 8 if it holds none. *Of the GEMM rate* always counts 8 N²D, so it can exceed 100% where fewer were "
+        "needed. A step of over 20 seconds was measured once and has no rate."
+        + (f" At N = {' and '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
     ]
     return "\n".join(lines)
 
