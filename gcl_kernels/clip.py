@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .forward_mode import refuse_forward_mode
+from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .losses import gcl_loss
+from .types import signature_of
 
 
 class ClipLoss(nn.Module):
@@ -112,6 +113,10 @@ class ClipLoss(nn.Module):
             output_dict: True returns `{"contrastive_loss": loss}`.
         """
         refuse_forward_mode("ClipLoss", image_features, text_features, logit_scale, logit_bias)
+        group = None if self.world_size == 1 else torch.distributed.group.WORLD
+        image_features = local_tensor("image_features", image_features, group)
+        text_features = local_tensor("text_features", text_features, group)
+        logit_scale = local_tensor("logit_scale", logit_scale, group)
         if self.world_size == 1:
             loss = gcl_loss(image_features, text_features, logit_scale)
         else:
@@ -121,13 +126,11 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
-        __call__ = forward
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        group = torch.distributed.group.WORLD
-        image_features = local_tensor("image_features", image_features, group)
-        text_features = local_tensor("text_features", text_features, group)
-        logit_scale = local_tensor("logit_scale", logit_scale, group)
         if not self.local_loss:
             return self._loss_of_all(image_features, text_features, logit_scale)
         all_images, all_texts = self._gather(image_features), self._gather(text_features)

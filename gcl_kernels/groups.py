@@ -44,7 +44,8 @@ def resolve_group(process_group: ProcessGroupLike) -> ProcessGroup | None:
     """
     check_process_group(process_group)
     if isinstance(process_group, str):
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        # None before init_process_group. torch.compile compiles again when it changes, which is_initialized() does not cause.
+        return dist.group.WORLD if dist.is_available() else None
     if _is_mesh(process_group):
         if process_group.get_coordinate() is None:
             raise ValueError(f"process_group: expected a DeviceMesh with this process in it, got {process_group!r}")
@@ -81,9 +82,9 @@ def local_tensor(name: str, x: T, process_group: ProcessGroup | None) -> T | Ten
             expected = "no process group over the ranks that hold the copies of a Replicate() DTensor"
         else:
             fits = holders == members
-            expected = "a process group over the ranks that hold the rows of a Shard(0) DTensor (process_group=)"
+            expected = "a process group over the ranks that hold the rows of a Shard(0) DTensor"
         if not fits:
-            got = f"one over ranks {sorted(members)}" if members else "none"
+            got = f"one over ranks {sorted(members)}" if members else "none (process_group=; ClipLoss: world_size=)"
             raise ValueError(f"{name}: expected {expected}, which are ranks {sorted(holders)}, got {got}")
     return spread.to_local()
 
