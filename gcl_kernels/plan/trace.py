@@ -53,7 +53,8 @@ def _peaks(shape, dtypes, config, both, in_one_pass, workspace) -> tuple[float, 
     (n, m, d), (dtype, dtype_of_gradients) = shape, dtypes
     lhs, rhs = (torch.empty(k, d, dtype=dtype, device="meta") for k in (n, m))
     scale = torch.empty((), device="meta")
-    pairs, want, need = Pairs(lhs, rhs, scale), Want(True, both), Need(True, True, True)
+    labels = None if m >= n else torch.empty(n, 1, dtype=torch.int64, device="meta")  # the default ones need M >= N
+    pairs, want, need = Pairs(lhs, rhs, scale, labels), Want(True, both), Need(True, True, True)
     nothing = run.replaced_by(lambda kernel, programs, **arguments: None)
     with settings(config=config, few_chunks=True), nothing, Storages(lhs, rhs, scale) as storages:
         if in_one_pass:
