@@ -46,10 +46,11 @@ def negatives(b_s, terms, labels, place, has_label, LABELS: tl.constexpr):
     """
     i_row, i_col, n, m = place
     b_s = modify(b_s, terms, place)
+    # made here, it keeps the compiler from joining this branch with that of `read_positives`: 59 registers more on sm_90
+    o_row = i_row + tl.arange(0, b_s.shape[0])
     if has_label:
         b_s = hide_positives(b_s, labels, place, LABELS)
     if (i_row + b_s.shape[0] > n) | (i_col + b_s.shape[1] > m):
-        o_row = i_row + tl.arange(0, b_s.shape[0])
         b_s = cut(tl.where((o_row < n)[:, None], b_s, float("-inf")), m - i_col)
     return b_s
 
