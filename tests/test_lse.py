@@ -39,10 +39,10 @@ def test_the_scale_is_not_rounded():
 
 
 def test_a_column_that_only_a_row_far_below_sees():
-    """A row 140 powers of two below the others in its first tile and 110 above that later: the factor between its reference
-    and theirs leaves float32's range, and in one column no other row counts."""
+    """A row many powers of two below the others in its first tile, and not as far in one later column, where no other counts:
+    the factor between its reference and theirs is below what float32 holds in full, 2^-126."""
     x, y = torch.zeros(40, 2), torch.zeros(40, 2)
-    x[1, 0], x[2:, 1], y[:16, 0], y[16:, 0] = 1.0, 1.0, -140 * math.log(2), -30 * math.log(2)
+    x[1, 0], y[:, 0], y[20, 0] = 1.0, -140.4 * math.log(2), -30 * math.log(2)
     ids = torch.arange(40)
     options = {
         "labels": torch.full((40,), -1),
