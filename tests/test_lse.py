@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import reference
 from gcl_kernels import backends, gcl_loss, ops, pairwise_logsumexp, testing
 from gcl_kernels.backends.torch import softmax
-from tests.oracle import DTYPES, NAMES, assert_accurate, run
+from tests.oracle import DTYPES, NAMES, assert_accurate, bias_of_logits, run
 
 tiles = st.tuples(st.sampled_from((1, 7, 16, 64, 200)), st.sampled_from((1, 5, 16, 64, 200)))
 
@@ -32,6 +32,26 @@ def test_as_accurate_on_a_device_whose_numbers_are_not_read(problem, dtype, tile
     with backends.settings(tile=tile, host_reads=False, workspace_mib=0.1):
         actual = run(pairwise_logsumexp, batch)
     assert_accurate(actual, batch)
+
+
+def test_the_scale_is_not_rounded():
+    assert abs(bias_of_logits(pairwise_logsumexp)) < 4e-8
+
+
+def test_a_column_that_only_a_row_far_below_sees():
+    """A row many powers of two below the others in its first tile, and not as far in one later column, where no other counts:
+    the factor between its reference and theirs is below what float32 holds in full, 2^-126."""
+    x, y = torch.zeros(40, 2), torch.zeros(40, 2)
+    x[1, 0], y[:, 0], y[20, 0] = 1.0, -140.4 * math.log(2), -30 * math.log(2)
+    ids = torch.arange(40)
+    options = {
+        "labels": torch.full((40,), -1),
+        "lhs_ids": torch.where(ids == 1, -1, 7),
+        "rhs_ids": torch.where(ids == 20, 7, -1),
+    }
+    with backends.settings(tile=(40, 16)):
+        col = pairwise_logsumexp(x, y, 1.0, **options).col
+    torch.testing.assert_close(col[20], y[20, 0])
 
 
 @given(problem=testing.problems(), tile=tiles, reads=st.booleans())
