@@ -277,7 +277,7 @@ def tile_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         types["p_labels"] = None
     if backward:
         both = options["HAS_ROW"] and options["HAS_COL"]
-        line = (pointer, pointer, pointer if both else None)
+        line = (pointer, "i32:16")
         types["gradient"] = matrix(tile.rows, tile.stored_cols)
         types["lines"] = (
             line if options["HAS_ROW"] else None,
