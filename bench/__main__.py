@@ -21,6 +21,8 @@ from tqdm import tqdm
 from bench import cases, measure, peers, report
 from bench.cases import Case
 from gcl_kernels import __version__
+from gcl_kernels.losses import DIRECTIONS
+from gcl_kernels.training.files import write_json_atomically
 
 
 def words(choices: Sequence[str]):
@@ -55,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=numbers(int), default=[256, 1024, 2048], help="batch sizes")
     parser.add_argument("--m", type=numbers(int), help="columns; default N")
     parser.add_argument("--d", type=numbers(int), default=[512])
-    parser.add_argument("--directions", type=words(tuple(cases.DIRECTIONS)), default=["both"])
+    parser.add_argument("--directions", type=words(tuple(DIRECTIONS)), default=["both"])
     parser.add_argument("--pass", dest="passes", type=words(cases.PASSES), default=["both"])
     parser.add_argument("--logit-scale", type=numbers(float), default=[100.0])
     parser.add_argument("--draw", type=words(cases.DRAWS), default=["clustered"])
@@ -120,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Ratios are of one run: a case that lacks a peer is measured again as a whole.
         result["cells"] = [cell for cell in result["cells"] if report.case_of(cell) != case] + rows
         if options.json:
-            report.write_json(options.json, result)
+            write_json_atomically(options.json, result, indent=1)
         tqdm.write(report.table(rows, title=case.title))
 
 

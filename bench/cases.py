@@ -9,12 +9,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-}  # fmt: skip
-SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
+SHORT_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {name: dtype for dtype, short in SHORT_NAMES.items() for name in (short, str(dtype).removeprefix("torch."))}
 PASSES = ("forward", "backward", "both")
 DRAWS = ("isotropic", "clustered")
 
@@ -117,7 +113,7 @@ def product(
     ids: Sequence[bool],
 ) -> list[Case]:
     return [
-        Case(device, SHORT.get(dtype, dtype), n, m or n, d, direction, which, scale, draw, n_fields, masked)
+        Case(device, SHORT_NAMES[DTYPES[dtype]], n, m or n, d, direction, which, scale, draw, n_fields, masked)
         for device in devices
         for dtype in dtypes
         for n, m, d in itertools.product(ns, ms or [0], ds)

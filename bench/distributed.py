@@ -28,8 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from bench.cases import Case, build
-from bench.measure import FREED_IS_FREED, machine, memory_mib, reset_peak
+from bench.measure import FREED_IS_FREED, machine
 from gcl_kernels import ClipLoss, __version__, gcl_loss
+from gcl_kernels.training.files import write_json_atomically
+from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
+from gcl_kernels.training.openclip import import_open_clip
 
 RESULTS = Path(__file__).parent / "results"
 N, D = 3072, 256
@@ -52,12 +55,7 @@ def ours(transport: str) -> Callable[..., Any]:
 
 
 def open_clip(**flags: bool) -> Callable[..., Any]:
-    def make(rank: int, world: int):
-        from gcl_kernels.training.openclip import import_open_clip
-
-        return import_open_clip().ClipLoss(rank=rank, world_size=world, **flags)
-
-    return make
+    return lambda rank, world: import_open_clip().ClipLoss(rank=rank, world_size=world, **flags)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -126,12 +124,12 @@ def measured_on_rank(rank: int, world: int, path: str, method: str, results: Any
     loss(*part(24 * world)).backward()  # libraries and connections are there
     inputs, sent = part(N), count_bytes()
     dist.barrier()
-    before = memory_mib("VmRSS")
-    reset_peak()
+    before = resident_memory()
+    reset_peak_resident_memory()
     with Products() as products:
         loss(*inputs).backward()
-    peak = memory_mib("VmHWM")
-    results.put({"flops": products.flops, "sent_bytes": sum(sent.values()), "calls": sent, "extra_mib": peak - before})
+    extra = (peak_resident_memory() - before) / 2**20
+    results.put({"flops": products.flops, "sent_bytes": sum(sent.values()), "calls": sent, "extra_mib": extra})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -323,8 +321,7 @@ def main() -> None:
         }
     result["assumed"] = {"n": MODEL_N, "d": MODEL_D, "flops_a_second": MODEL_FLOPS, "bytes_a_second": MODEL_BANDWIDTH}
     result["model"] = [model(method, world) for method in MODELLED for world in MODEL_WORLDS]
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json_atomically(path, result, indent=1)
     draw(result, RESULTS / "distributed.png")
     (RESULTS / "distributed.txt").write_text(table(result) + "\n")
     print(table(result))

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 
-from bench.measure import in_fresh_process, machine, memory_mib, reset_peak
+from bench.measure import in_fresh_process, machine
 from gcl_kernels import __version__, gcl_loss, grad_cache
+from gcl_kernels.training.files import write_json_atomically
+from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
+from gcl_kernels.training.openclip import create_model
 
 RESULTS = Path(__file__).parent / "results"
 CASES = ((512, 0), (1024, 0), (512, 256), (2048, 256), (8192, 256))  # rows, micro-batch; 0: no caching
 
 
 def measure_here(n: int, micro_batch: int) -> dict:
-    from gcl_kernels.training.openclip import create_model
-
     torch.manual_seed(0)
     model, _, _ = create_model()
     encode = [model.encode_text, model.encode_text, model.encode_image]
@@ -32,8 +33,8 @@ def measure_here(n: int, micro_batch: int) -> dict:
     optimizer = torch.optim.AdamW(model.parameters())
     query, title, image = torch.randint(1, 49408, (n, 16)), torch.randint(1, 49408, (n, 16)), torch.randn(n, 3, 32, 32)
     weights = torch.rand(n)
-    before = memory_mib("VmRSS")
-    reset_peak()
+    before = resident_memory()
+    reset_peak_resident_memory()
     for _ in range(2):
         optimizer.zero_grad()
         fields = [encoder(x) for encoder, x in zip(encode, (query, title, image), strict=True)]
@@ -43,8 +44,8 @@ def measure_here(n: int, micro_batch: int) -> dict:
     return {
         "rows": n,
         "micro_batch": micro_batch,
-        "peak_mib": memory_mib("VmHWM"),
-        "before_mib": before,
+        "peak_mib": peak_resident_memory() / 2**20,
+        "before_mib": before / 2**20,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -71,7 +72,7 @@ def main() -> None:
         "machine": machine(),
         "measured": measured,
     }
-    (RESULTS / "grad_cache.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json_atomically(RESULTS / "grad_cache.json", result, indent=1)
     print(table(measured))
 
 

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from bench import oracle
-from bench.cases import DIRECTIONS, DTYPES, Case, Inputs, build
+from bench.cases import DTYPES, Case, Inputs, build
 from bench.peers import COMPILED, DENSE_COPIES, Loss, Unsupported, peer, version
+from gcl_kernels.losses import DIRECTIONS
+from gcl_kernels.testing import relative_error
+from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 
 # A step below this is timed in bursts of BURST steps after one that is not counted: what the task before it left in the caches,
 # and in what order tasks take turns, is then no part of its time.
@@ -94,7 +97,7 @@ def errors(loss: Loss, inputs: Inputs, exact: Sequence[Tensor]) -> dict[str, flo
     gradients = torch.autograd.grad(value, inputs.leaves, allow_unused=True)  # a constant scale has none
     names = ("loss", "lhs", "rhs", "logit_scale")
     return {
-        name: oracle.relative_error(got, want)
+        name: relative_error(got, want)
         for name, got, want in zip(names, (value, *gradients), exact, strict=True)
         if got is not None
     }
@@ -221,11 +224,11 @@ def print_memory_of(name: str, case: Case) -> None:
     loss = loss if first == case else peer(name)(case)
     inputs = build(case)
     gc.collect()
-    before = memory_mib("VmRSS")
-    gradients = 0 if case.passes == "forward" else sum(x.numel() * x.element_size() for x in inputs.leaves) / 2**20
-    reset_peak()
+    before = resident_memory()
+    gradients = 0 if case.passes == "forward" else sum(x.numel() * x.element_size() for x in inputs.leaves)
+    reset_peak_resident_memory()
     step(loss, inputs, case)
-    print(max(memory_mib("VmHWM") - before - gradients, 0.0))
+    print(max(peak_resident_memory() - before - gradients, 0) / 2**20)
 
 
 def interleaved(
@@ -251,18 +254,6 @@ def interleaved(
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Median over turns of a / b; what was measured once has one turn."""
     return statistics.median(x / y for x, y in zip(a, b, strict=False))
-
-
-def memory_mib(field: str) -> float:
-    """Linux: VmRSS (resident now) or VmHWM (its peak since :func:`reset_peak`) of this process, MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"memory_mib: expected {field} in /proc/self/status, got none")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 # Environment of a process whose memory is measured: what it frees goes back to the system. Otherwise glibc keeps some of the

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from bench.measure import in_fresh_process, memory_mib, reset_peak
+from bench.cases import DTYPES
+from bench.measure import in_fresh_process
 from gcl_kernels import ClipLoss, plan
-from gcl_kernels.chips import Chip
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from gcl_kernels.chips import Chip, this_cpu
+from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
+from gcl_kernels.training.openclip import import_open_clip
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,6 @@ def measure_here(name: str, n: int, d: int, dtype: str) -> float:
     if name == "ours":
         loss = ClipLoss()
     else:
-        from gcl_kernels.training.openclip import import_open_clip
-
         loss = import_open_clip().ClipLoss()
 
     def inputs(rows: int):
@@ -73,17 +72,17 @@ def measure_here(name: str, n: int, d: int, dtype: str) -> float:
 
     loss(*inputs(64)).backward()  # libraries and threads are there
     tensors = inputs(n)
-    before = memory_mib("VmRSS")
-    reset_peak()
+    before = resident_memory()
+    reset_peak_resident_memory()
     loss(*tensors).backward()
-    peak = memory_mib("VmHWM")
-    return peak - before - sum(x.grad.nbytes for x in tensors if x.grad is not None) / 2**20
+    peak = peak_resident_memory()
+    return (peak - before - sum(x.grad.nbytes for x in tensors if x.grad is not None)) / 2**20
 
 
 def predicted(case: Case, chip: Chip) -> float:
     """Extra MiB; reads the budget from the environment, as the backend does."""
     predict = plan.ours if case.loss == "ours" else plan.dense
-    return predict(plan.Problem.of_batch(case.n, case.d, case.dtype), chip).extra_memory / 2**20
+    return predict(plan.Sizes.of_batch(case.n, case.d, case.dtype), chip).extra_memory / 2**20
 
 
 def main() -> int:
@@ -95,7 +94,7 @@ def main() -> int:
         name, n, d, dtype = options.of
         print(measure_here(name, int(n), int(d), dtype))
         return 0
-    chip, worst = plan.this_cpu(), 0.0
+    chip, worst = this_cpu(), 0.0
     print(f"{'':35}{'measured':>10}{'model':>10}")
     for case in tqdm(SWEEP, unit="case"):
         os.environ["GCL_KERNELS_WORKSPACE_MIB"] = str(case.budget_mib)

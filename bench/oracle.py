@@ -42,8 +42,3 @@ def loss_and_gradients(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, a: float) 
 def chunks(n: int, m: int) -> Iterator[slice]:
     step = max(1, CHUNK_BYTES // (8 * m))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of what is exact."""
-    return float((actual.detach().double() - exact).norm() / exact.norm())

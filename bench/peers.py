@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Inputs
+from gcl_kernels.training.openclip import import_open_clip
 
 Loss = Callable[[Inputs], Tensor]
 
@@ -75,16 +76,10 @@ def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
     return loss
 
 
-def open_clip_module() -> Any:
-    from gcl_kernels.training.openclip import import_open_clip  # needs Pillow too
-
-    return import_open_clip()
-
-
 def open_clip(case: Case) -> Loss:
     plain_pairs(case)
     require(case.directions == "both", "has both directions only")
-    clip = imported(lambda: open_clip_module().ClipLoss())
+    clip = imported(lambda: import_open_clip().ClipLoss())
     return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
 
 
@@ -175,7 +170,7 @@ def sentence_transformers(case: Case) -> Loss:
     plain_pairs(case)
     require(case.directions != "rhs_to_lhs", "both directions, or lhs to rhs")
     with contextlib.suppress(Exception):
-        open_clip_module()  # transformers imports torchvision, which beside CPU-only torch can be imported only after this
+        import_open_clip()  # transformers imports torchvision, which beside CPU-only torch can be imported only after this
     losses = package("sentence_transformers.losses")
     utilities = package("sentence_transformers.util")
     options: dict[str, Any] = {"scale": case.logit_scale, "similarity_fct": utilities.dot_score}

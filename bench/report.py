@@ -57,26 +57,12 @@ def read(path: Path) -> dict[str, Any]:
         return {"cells": []}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)  # never half a file
-
-
 def case_of(cell: Cell) -> Case:
     return Case(**{name: cell[name] for name in Case.__dataclass_fields__})
 
 
 def median(cell: Cell) -> float:
     return statistics.median(cell["seconds"])
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
 
 
 def spread(cell: Cell) -> str:
@@ -112,7 +98,7 @@ def table(cells: Sequence[Cell], title: str) -> str:
         error = cell.get("error") or {}
         lines.append(
             "| " + " | ".join([
-                name, duration(median(cell)), spread(cell), f"{cell['tflops']:.3g}", rate(cell),
+                name, plan.duration(median(cell)), spread(cell), f"{cell['tflops']:.3g}", rate(cell),
                 f"{ratios[cell['peer']]:.2f}x" if cell["peer"] in ratios else "",
                 f"{cell['extra_mib']:,.0f} MiB" if cell.get("extra_mib") is not None else "",
                 *(f"{error[k]:.1e}" if k in error else "" for k in ("loss", "lhs", "rhs", "logit_scale")),
@@ -146,12 +132,13 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
         "    make bench     # ours beside its peers, 5 minutes on 2 cores; then this page",
         "    make curves    # the scaling curves; a quarter of an hour on 2 cores",
         "    python -m bench --help", "",
-        "Ours and its peers take turns in one process, with a matrix product between them; times are medians over turns, "
-        "ratios medians of each turn's ratio, and a step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
-        "least work without N x M memory: 8 N M D for both directions, 6 for one, 2 for a forward alone. Ours does less on a "
-        "CPU where its workspace budget holds exponentials from one pass to the next, and the dense losses do 12: a rate above "
-        "the GEMM's is no mistake, nor what a loss's products ran at. Extra memory is the peak over inputs and gradients, on a "
-        "CPU in a fresh process. Errors are relative to float64, by norm.",
+        "Ours and its peers take turns in one process, with a matrix product between them. Times are medians over turns, and "
+        "ratios are medians of each turn's ratio. A step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
+        "least work without N x M memory: 8 N M D floating-point operations for both directions, 6 for one, 2 for a forward "
+        "alone. Ours does fewer on a CPU where its workspace holds exponentials from one pass to the next; the dense losses do "
+        "12. A rate above the GEMM's is therefore possible, because fewer operations were done than are counted; it is not the "
+        "speed of the products themselves. Extra memory is the peak over inputs and gradients, on a CPU in a fresh process. "
+        "Errors are relative to float64, by norm.",
         "",
     ]  # fmt: skip
     for name, result in results.items():
@@ -206,16 +193,16 @@ def readme_table(result: dict[str, Any]) -> str:
         faster = ours["over"]["open_clip"] if dense else None
         slower += [n] if faster is not None and faster < 1 else []
         lines.append(
-            f"| {n:,} | {duration(median(ours))} | {duration(median(dense)) if dense else 'not run'} | "
+            f"| {n:,} | {plan.duration(median(ours))} | {plan.duration(median(dense)) if dense else 'not run'} | "
             f"{'' if faster is None else f'{faster:.2f}x'} | {work(case_of(ours)):.1f} N²D | "
             f"{rate(ours)} | {memory[0]} | {memory[1]} |"
         )
     lines += [
         "",
-        "Work, by the rule the code follows: 6 N²D where the workspace budget holds all exponentials from one pass to the next, "
-        "8 where none. Of the GEMM rate: as if it were always 8, so that it may exceed 100%. A step of over 20 seconds was "
-        "measured once, and has no rate."
-        + (f" At N = {', '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
+        "*Work* is the number of floating-point operations in units of N²D: 6 if the workspace holds all exponentials from one "
+        "pass to the next, 8 if it holds none. *Of the GEMM rate* always counts 8 N²D, so it can exceed 100% where fewer were "
+        "needed. A step of over 20 seconds was measured once and has no rate."
+        + (f" At N = {' and '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
     ]
     return "\n".join(lines)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench.cases import Case, build
+from bench.launches import torch_backward, torch_forward
 from gcl_kernels import aggregate_fields, gcl_loss
-from gcl_kernels.backends import torch_chunked
 
 N, D = 2048, 512
 
@@ -24,13 +24,10 @@ def problem():
 )
 @pytest.mark.parametrize("step", ["forward", "backward"])
 def test_tile(benchmark, problem, step, tile):
-    row, col, positive = torch_chunked.forward(*problem, None, None, None, True, True, tile=tile)
     if step == "forward":
-        benchmark(torch_chunked.forward, *problem, None, None, None, True, True, tile=tile)
-        return
-    g = torch.full_like(row, 1 / N)
-    statistics, upstream = (row, col, positive), (g, g, -2 * g[:, None])
-    benchmark(torch_chunked.backward, *problem, None, None, None, *statistics, *upstream, True, True, True, tile=tile)
+        benchmark(torch_forward, problem, tile=tile)
+    else:
+        benchmark(torch_backward, problem, torch_forward(problem, tile=tile), tile=tile)
 
 
 @pytest.mark.parametrize("mib", [8, 16, 32, 256])

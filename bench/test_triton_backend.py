@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from bench.cases import Case, build
+from bench.launches import triton_backward_tiles, triton_forward
 from gcl_kernels import aggregate_fields, gcl_loss
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA or HIP device; an interpreter's times mean nothing", allow_module_level=True)
-
-from gcl_kernels.backends import triton as backend
 
 N = 16_384
 
@@ -33,16 +32,13 @@ def waited(function):
 
 
 def test_forward_tiles(benchmark, problem):
-    benchmark(waited(lambda: backend.forward(*problem, None, None, None, True, True)))
+    benchmark(waited(lambda: triton_forward(problem)))
 
 
 def test_backward_tiles(benchmark, problem):
     """The tile kernel without its products: no gradient is asked for but G is made."""
-    row, col, positive = backend.forward(*problem, None, None, None, True, True)
-    g = torch.full_like(row, 1 / N)
-    upstream = g, g, -2 * g[:, None]
-    needs = False, False, False
-    benchmark(waited(lambda: backend.backward(*problem, None, None, None, row, col, positive, *upstream, *needs)))
+    statistics = triton_forward(problem)
+    benchmark(waited(lambda: triton_backward_tiles(problem, statistics)))
 
 
 @pytest.mark.parametrize("mib", [64, 256, 1024])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .forward_mode import refuse_forward_mode
+from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .losses import gcl_loss
 
@@ -112,6 +112,10 @@ class ClipLoss(nn.Module):
             output_dict: True returns `{"contrastive_loss": loss}`.
         """
         refuse_forward_mode("ClipLoss", image_features, text_features, logit_scale, logit_bias)
+        group = None if self.world_size == 1 else torch.distributed.group.WORLD
+        image_features = local_tensor("image_features", image_features, group)
+        text_features = local_tensor("text_features", text_features, group)
+        logit_scale = local_tensor("logit_scale", logit_scale, group)
         if self.world_size == 1:
             loss = gcl_loss(image_features, text_features, logit_scale)
         else:
@@ -124,10 +128,6 @@ class ClipLoss(nn.Module):
         __call__ = forward
 
     def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        group = torch.distributed.group.WORLD
-        image_features = local_tensor("image_features", image_features, group)
-        text_features = local_tensor("text_features", text_features, group)
-        logit_scale = local_tensor("logit_scale", logit_scale, group)
         if not self.local_loss:
             return self._loss_of_all(image_features, text_features, logit_scale)
         all_images, all_texts = self._gather(image_features), self._gather(text_features)

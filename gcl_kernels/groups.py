@@ -81,9 +81,9 @@ def local_tensor(name: str, x: T, process_group: ProcessGroup | None) -> T | Ten
             expected = "no process group over the ranks that hold the copies of a Replicate() DTensor"
         else:
             fits = holders == members
-            expected = "a process group over the ranks that hold the rows of a Shard(0) DTensor (process_group=)"
+            expected = "a process group over the ranks that hold the rows of a Shard(0) DTensor"
         if not fits:
-            got = f"one over ranks {sorted(members)}" if members else "none"
+            got = f"one over ranks {sorted(members)}" if members else "none (process_group=; ClipLoss: world_size=)"
             raise ValueError(f"{name}: expected {expected}, which are ranks {sorted(holders)}, got {got}")
     return spread.to_local()
 

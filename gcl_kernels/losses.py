@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, distributed
+from .derivatives import refuse_forward_mode
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
-from .forward_mode import refuse_forward_mode
 from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
 from .pairs import Pairs
 from .row_losses import RowLoss, denominator, row_losses

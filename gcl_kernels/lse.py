@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, distributed, ops
 from .backends import Lines, Want
-from .forward_mode import refuse_forward_mode
+from .derivatives import refuse_forward_mode
 from .groups import ProcessGroupLike, local_tensor, resolve_group
 from .pairs import Pairs
 from .types import Backend, Transport

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import backends
 from .backends import Gradients, Lines, Need, Want, statistics_dtype
 from .backends.settings import debug
+from .derivatives import refuse_double_backward
 from .pairs import Pairs
 
 UPSTREAM = tuple(f"g_{name}" for name in Lines._fields)
@@ -170,11 +171,9 @@ def _common_factor(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
     return factor
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "pairwise_logsumexp: expected one backward pass, got a second through its gradient; double backward is not "
-        "supported (gcl_kernels.reference.pairwise_logsumexp can be differentiated any number of times)"
-    )
+_refuse_double_backward = refuse_double_backward(
+    "pairwise_logsumexp", "(gcl_kernels.reference.pairwise_logsumexp can be differentiated any number of times)"
+)
 
 
 def _one_by_one(operator):

@@ -27,3 +27,13 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.numel, self.nbytes = max(self.numel, x.numel()), max(self.nbytes, x.nbytes)
         return result
+
+
+class Operators(TorchDispatchMode):
+    """Operators that do work: neither views nor allocations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.__name__.startswith(("empty", "new_empty", "detach")))
+        return func(*args, **(kwargs or {}))

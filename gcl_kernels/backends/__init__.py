@@ -14,7 +14,7 @@ from .choice import (
     load,
     why_not_triton,
 )
-from .contract import Gradients, Lines, Need, Want, statistics_dtype
+from .contract import Gradients, Lines, Mean, Need, Want, statistics_dtype
 from .settings import settings, workspace_bytes
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Backend",
     "Gradients",
     "Lines",
+    "Mean",
     "Need",
     "Want",
     "architecture",

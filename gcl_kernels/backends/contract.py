@@ -18,17 +18,18 @@ the whole loss of a well-trained row. O(N + M) numbers cost nothing.
 
 Field aggregation (`fields.aggregate_fields`) is plain PyTorch everywhere but in Triton, whose module has two functions more:
 
-`aggregate_fields(fields, weights, mask, normalize_fields, normalize) -> (out, inverse_norms)`
-    fields: F tensors (N, D) of one dtype; weights: F floats that sum to 1; mask None or (N, F) bool. Returns (N, D) in the
-    fields' dtype and (N, F + 1) float32 for the backward: 1 / |x_f| of each row and field, then 1 / |mean|. It holds 0 for
-    1 / 0, and 1 where nothing is normalised.
+`aggregate_fields(fields, mask, mean) -> (out, inverse_norms)`
+    fields: F tensors (N, D) of one dtype; mask None or (N, F) bool; mean says how (`Mean`). Returns (N, D) in the fields'
+    dtype and (N, F + 1) float32 for the backward: 1 / |x_f| of each row and field, then 1 / |mean|. It holds 0 for 1 / 0,
+    and 1 where nothing is normalised.
 
-`aggregate_fields_backward(fields, weights, mask, normalize_fields, normalize, inverse_norms, g, need) -> gradients`
+`aggregate_fields_backward(fields, mask, mean, inverse_norms, g, need) -> gradients`
     g (N, D); a list of F tensors (N, D), empty where `need[f]` is False.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,14 @@ class Gradients(NamedTuple):
     lhs: Tensor | None
     rhs: Tensor | None
     scale: Tensor | None
+
+
+class Mean(NamedTuple):
+    """How fields become one vector: `normalize(sum_f u_f normalize_fields(x_f))`."""
+
+    weights: Sequence[float]  # u, F of them, which sum to 1
+    normalize_fields: bool
+    normalize: bool
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

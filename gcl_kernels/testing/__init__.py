@@ -16,7 +16,16 @@ makes in the same dtype, instead of a hand-picked tolerance.
         testing.assert_as_accurate(actual, dense, exact, floor=testing.FLOOR + testing.luck(*batch.differentiable))
 """
 
-from .accuracy import FLOOR, assert_as_accurate, dense_forms, in_float64, luck, relative_error, value_and_gradients
+from .accuracy import (
+    FLOOR,
+    FLOOR_FLOAT64,
+    assert_as_accurate,
+    dense_forms,
+    in_float64,
+    luck,
+    relative_error,
+    value_and_gradients,
+)
 from .strategies import (
     EDGE_DIMS,
     EDGE_SIZES,
@@ -32,6 +41,7 @@ __all__ = [
     "EDGE_DIMS",
     "EDGE_SIZES",
     "FLOOR",
+    "FLOOR_FLOAT64",
     "Batch",
     "FieldProblem",
     "Problem",

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.train import metrics_table, train
 

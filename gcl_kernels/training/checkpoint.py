@@ -7,39 +7,22 @@ trainer read; ``gcl_kernels`` beside them holds what an exact resume needs. Tens
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.files import write_atomically
 
 OURS = "gcl_kernels"
 """The key of what open_clip does not have."""
 
 LATEST, BEST = "epoch_latest.pt", "best.pt"
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` on a file beside ``path`` and put it there in one step, once it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
-    write(new)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    # The new name is on the disk when its folder is; where folders cannot be synced (Windows) there is nothing to do.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

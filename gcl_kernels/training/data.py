@@ -25,23 +25,13 @@ from typing import IO, Any
 import torch
 from PIL import Image
 
+from gcl_kernels.training.errors import DataError, EmptyError, InputError
+
 KEY_END = "_{!@#~}_"
 """What the GCL evaluator writes after each left column to make a query's key of them."""
 
 LINES_SHOWN = 10
 """Bad rows quoted in an error or a report; the rest are counted."""
-
-
-class InputError(ValueError):
-    """What the user gave, files or options, cannot be used; the message says why in one line per fault."""
-
-
-class DataError(InputError):
-    """Input files that cannot be used; the message has one line per fault: file, line number, what was expected."""
-
-
-class EmptyError(DataError):
-    """A file without any row: of several test sets, it is the one to pass over."""
 
 
 @dataclass

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gcl_kernels.training.data import KEY_END
-from gcl_kernels.training.evaluate import Evaluation
 from gcl_kernels.training.glyphs import LEVELS, GlyphSet, build, render
 from gcl_kernels.training.options import parse_args
+from gcl_kernels.training.ranking import Evaluation
 from gcl_kernels.training.train import Run, metrics_table, train
 
 RUNS = {"CLIP": "constant", "GCL": "log"}

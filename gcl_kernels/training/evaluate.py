@@ -1,241 +1,212 @@
-"""Evaluation after the GCL protocol: embed queries and documents, search exactly, grade the ranking.
+"""``python -m gcl_kernels.training.evaluate``: evaluate a model on files in the GCL authors' formats, with their flags.
 
-The command line, with the flags and files of the GCL authors' evaluator, is :mod:`gcl_kernels.training.evaluate_files`;
-``python -m gcl_kernels.training.evaluate`` runs it.
+    python -m gcl_kernels.training.evaluate --test_csv query_1_product_id_1.csv --doc-meta corpus_2.json \\
+        --model_name ViT-B-32 --pretrained model.pt --weight_key score_linear --left-keys "['query']" \\
+        --right-keys "['image_local', 'title']" --right-weights "[0.9, 0.1]" --img-or-txt "[['txt'], ['img', 'txt']]" \\
+        --context-length "[[77], [0, 77]]" --output-dir results
+
+Writes into the output directory: output.json and output.csv (means), per_query.csv, gt_results.json, retrieval.json,
+features.pt, and examples.json for :mod:`gcl_kernels.training.report`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-import gcl_kernels
-from gcl_kernels.training.data import DataError, Pairs
+from gcl_kernels.training.data import read_documents, read_pairs, shown
 from gcl_kernels.training.encode import FieldEncoder
-from gcl_kernels.training.metrics import all_metrics
+from gcl_kernels.training.errors import DataError, InputError
+from gcl_kernels.training.evaluation_files import write_examples, write_results, write_retrieval
+from gcl_kernels.training.files import read_json, write_atomically
+from gcl_kernels.training.ground_truth import ground_truth, read_grades
+from gcl_kernels.training.memory import peak_memory
+from gcl_kernels.training.openclip import create_model
+from gcl_kernels.training.options import parse_kinds, parse_list, parse_weights, positive
+from gcl_kernels.training.ranking import (
+    NOTHING,
+    Corpus,
+    Evaluation,
+    embed,
+    embed_corpus,
+    grade,
+    known_documents,
+    search,
+)
 
 
-@dataclass
-class Evaluation:
-    """The ranking of every query and how good it is.
-
-    ``ranking`` (Q, K) holds positions in ``document_ids``, best first; ``gains`` (Q, K) the grades of those documents,
-    0 where not judged; ``judged`` (Q, J) every grade of a query, padded with 0; ``holes`` (Q, K) bool, documents that were
-    judged for no query at all; ``scores`` (Q, K) the similarities; ``per_query`` the metrics, (Q,) each; ``means`` their means.
-    """
-
-    query_ids: list[str]
-    document_ids: list[str]
-    ranking: Tensor
-    gains: Tensor
-    judged: Tensor
-    holes: Tensor
-    per_query: dict[str, Tensor]
-    means: dict[str, float]
-    scores: Tensor | None = None
-
-    def rows(self) -> dict[str, dict[str, float]]:
-        """The metrics of each query, ``{query id: {metric: value}}``."""
-        columns = {name: values.tolist() for name, values in self.per_query.items()}
-        return {
-            query: {name: values[row] for name, values in columns.items()} for row, query in enumerate(self.query_ids)
-        }
-
-
-def minmax_grades(scores: Sequence[float]) -> list[int]:
-    """The grades 1 to 100 of the GCL protocol: ``int((s - min) / (max - min) * 99 + 1)``, or all 1 for one single score.
-
-    The lowest score given gets 1, not 0: 0 is for documents that nobody judged.
-    """
-    return minmax(torch.tensor(scores, dtype=torch.float64)).tolist()
-
-
-def minmax(scores: Tensor) -> Tensor:
-    """:func:`minmax_grades` of a float64 tensor, as int64."""
-    low, high = scores.min(), scores.max()
-    if low == high:
-        return torch.ones_like(scores, dtype=torch.int64)
-    return ((scores - low) / (high - low) * 99 + 1).long()
-
-
-@torch.no_grad()
-def embed(
-    encoder: FieldEncoder,
-    fields: Mapping[str, Sequence[str]],
-    kinds: Mapping[str, str],
-    weights: Mapping[str, float],
-    *,
-    batch_size: int = 512,
-) -> Tensor:
-    """Embed one side, batch by batch: encode each field, then :func:`gcl_kernels.aggregate_fields`.
-
-    Args:
-        fields: ``{field: N cells}``; a row needs at least one value.
-        kinds, weights: ``{field: "txt" or "img"}`` and ``{field: weight}``.
-
-    Returns:
-        (N, D) of unit length, float32.
-    """
-    rows = len(next(iter(fields.values())))
-    was_training = encoder.model.training
-    encoder.model.eval()
-    parts = []
-    for start in range(0, rows, batch_size):
-        batch = {key: cells[start : start + batch_size] for key, cells in fields.items()}
-        embeddings, mask = encoder(batch, kinds)
-        parts.append(gcl_kernels.aggregate_fields(embeddings, weights, mask=mask).float())
-    encoder.model.train(was_training)
-    return torch.cat(parts)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The authors' flags; lists are Python literals or comma-separated."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_kernels.training.evaluate", description="Evaluate an open_clip model after the GCL protocol",
+    )  # fmt: skip
+    parser.add_argument("--test_csv", metavar="FILE", help="judged pairs: CSV, TSV, Parquet or webdataset")
+    parser.add_argument("--doc-meta", metavar="FILE", help="JSON {id: {field: value}}, the corpus")
+    parser.add_argument("--model_name", default="ViT-B-32")
+    parser.add_argument("--pretrained", help="open_clip's tag or a checkpoint file")
+    parser.add_argument("--batch-size", type=positive(int), default=256)
+    parser.add_argument("--num_workers", type=positive(int), default=4, help="threads that decode images")
+    parser.add_argument("--weight_key", help="column of the score; default: every judged pair has grade 1")
+    parser.add_argument("--left-keys", type=parse_list, default=["text"])
+    parser.add_argument("--right-keys", type=parse_list, default=["image_local", "title"])
+    parser.add_argument("--left-weights", type=parse_weights, default=[1.0])
+    parser.add_argument("--right-weights", type=parse_weights, default=[0.9, 0.1])
+    parser.add_argument("--img-or-txt", type=parse_kinds, default=[["txt"], ["img", "txt"]])
+    parser.add_argument(
+        "--context-length", type=parse_list, help="[[77], [0, 77]]; the largest counts, 0 is the model's own"
+    )
+    parser.add_argument("--top-q", type=int, default=2000,
+                        help="queries drawn with the sum of their grades as weight, as the authors draw them; -1: all",
+                        )  # fmt: skip
+    parser.add_argument("--top-k", type=positive(int), default=1000, help="documents ranked for each query")
+    parser.add_argument("--doc-id-key", default="product_id")
+    parser.add_argument("--query-id-key", help="default: the left columns, each followed by _{!@#~}_")
+    parser.add_argument(
+        "--gt_results_path", type=Path, metavar="FILE", help="ground truth to use, or where to write it"
+    )
+    parser.add_argument(
+        "--features-path", type=Path, metavar="FILE", help="default: features.pt in the output directory"
+    )
+    parser.add_argument("--overwrite-feature", action="store_true", help="embed the corpus again")
+    parser.add_argument(
+        "--overwrite-retrieval", action="store_true", help="accepted; retrieval.json is always of this run"
+    )
+    parser.add_argument("--run-queries-cpu", action="store_true", help="search on the CPU")
+    parser.add_argument(
+        "--metric-only", action="store_true", help="only metrics, of gt_results.json and retrieval.json"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--compare-with", type=Path, metavar="DIR", help="another output directory: paired tests per metric"
+    )
+    args = parser.parse_args(argv)
+    if not args.metric_only and not (args.test_csv and args.doc_meta):
+        parser.error("expected --test_csv and --doc-meta, or --metric-only")
+    if args.top_q < 1 and args.top_q != -1:
+        parser.error(f"--top-q: expected a number > 0, or -1 for all, got {args.top_q}")
+    for side, keys, weights, kinds in zip(
+        ("left", "right"), (args.left_keys, args.right_keys), (args.left_weights, args.right_weights), args.img_or_txt,
+        strict=True,
+    ):  # fmt: skip
+        if not len(keys) == len(weights) == len(kinds):
+            parser.error(f"--{side}-keys, --{side}-weights and --img-or-txt: expected as many of each, got {len(keys)}, "
+                         f"{len(weights)} and {len(kinds)}")  # fmt: skip
+    args.gt_results_path = args.gt_results_path or args.output_dir / "gt_results.json"
+    args.features_path = args.features_path or args.output_dir / "features.pt"
+    return args
 
 
-def search(
-    queries: Tensor, documents: Tensor, k: int, *, query_chunk: int = 256, document_chunk: int = 16_384
-) -> tuple[Tensor, Tensor]:
-    """Exact search by inner product: positions and scores of the k best documents of each query, (Q, min(k, M)) each.
-
-    Best first; equal scores are ordered by position. queries (Q, D) and documents (M, D) are finite. At most ``query_chunk`` x
-    (k + ``document_chunk``) scores exist at a time, never Q x M.
-    """
-    if not (queries.isfinite().all() and documents.isfinite().all()):
-        raise ValueError("expected finite embeddings, got NaN or infinity: training has probably diverged")
-    found, found_scores = [], []
-    for part in queries.split(query_chunk):
-        scores = part.new_empty(len(part), 0)
-        positions = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
-        for start in range(0, len(documents), document_chunk):
-            chunk = documents[start : start + document_chunk]
-            here = torch.arange(start, start + len(chunk), device=part.device).expand(len(part), -1)
-            scores = torch.cat([scores, part @ chunk.T], dim=1)
-            positions = torch.cat([positions, here], dim=1)
-            # topk does not say how it orders equal scores; a stable sort keeps the earlier document first.
-            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-            scores, positions = scores.gather(1, best), positions.gather(1, best)
-        found.append(positions)
-        found_scores.append(scores)
-    return torch.cat(found), torch.cat(found_scores)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; input that cannot be used gives its message and status 2."""
+    args = parse_args(argv)
+    started = time.perf_counter()
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        evaluation = from_files(args) if args.metric_only else from_model(args)
+        write_results(args.output_dir, evaluation, args.top_k, args.compare_with)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(
+        f"{time.perf_counter() - started:.0f} s, peak resident memory {peak_memory(torch.device('cpu')) / 2**20:.0f} MiB"
+    )
+    return 0
 
 
-Side = tuple[Mapping[str, str], Mapping[str, float]]
-"""(kinds, weights) of the fields of a side: ``{field: "txt" or "img"}`` and ``{field: weight}``."""
+def from_model(args: argparse.Namespace) -> Evaluation:
+    """Read, embed, search, grade; writes the ground truth, the ranking, the features and the examples."""
+    left, right = (
+        (dict(zip(keys, kinds, strict=True)), dict(zip(keys, weights, strict=True)))
+        for keys, kinds, weights in zip(
+            (args.left_keys, args.right_keys), args.img_or_txt, (args.left_weights, args.right_weights), strict=True
+        )
+    )
+    # Only ids and scores of the documents are taken from the pairs; the corpus has their fields.
+    pairs = read_pairs(
+        args.test_csv, left[0], {args.doc_id_key: "txt"}, args.weight_key, query_id_key=args.query_id_key,
+        document_id_key=args.doc_id_key, skip_bad_rows=True,
+    )  # fmt: skip
+    if pairs.bad_count:
+        print(
+            f"{args.test_csv}: {pairs.bad_count} bad rows skipped:", *shown(pairs.bad_rows, pairs.bad_count), sep="\n  "
+        )
+    documents = read_documents(args.doc_meta, right[0], check_images="none")
+    known_documents(args.test_csv, pairs, documents)
+    grades = ground_truth(args, pairs)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = [length for side in args.context_length or [] for length in (side if isinstance(side, list) else [side])]
+    model, tokenizer, preprocess = create_model(
+        args.model_name,
+        pretrained=args.pretrained,
+        context_length=max(map(int, lengths), default=0) or None,
+        device=device,
+    )
+    encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.num_workers)
+    row_of = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
+    queries = {key: [cells[row_of[query]] for query in grades] for key, cells in pairs.left.items()}
+    query_vectors = embed(encoder, queries, *left, batch_size=args.batch_size)
+    corpus = features(args, encoder, documents, right)
+    where = "cpu" if args.run_queries_cpu else device
+    ranking, scores = search(query_vectors.to(where), corpus.embeddings.to(where), args.top_k)
+    if encoder.lost:
+        print(f"{len(encoder.lost)} images could not be read and were missing values")
+    evaluation = grade(grades, corpus.document_ids, ranking.cpu(), scores.cpu())
+    write_retrieval(args.output_dir / "retrieval.json", evaluation)
+    write_examples(args.output_dir / "examples.json", evaluation, documents, right[0], queries)
+    return evaluation
 
 
-@dataclass
-class Corpus:
-    """The M documents that can be found: their ids and their embeddings (M, D) of unit length."""
-
-    document_ids: list[str]
-    embeddings: Tensor
-
-
-def embed_corpus(
-    encoder: FieldEncoder, documents: Mapping[str, Mapping[str, str]], right: Side, *, batch_size: int = 512
+def features(
+    args: argparse.Namespace, encoder: FieldEncoder, documents: dict[str, dict[str, str]], right: Any
 ) -> Corpus:
-    """Embed documents ``{id: {field: value}}``. One without any value cannot be embedded, and so cannot be found."""
-    document_ids = [identity for identity, values in documents.items() if any(values[key] for key in right[0])]
-    if not document_ids:
-        raise DataError(f"expected a document with a value in one of {list(right[0])}, got none among {len(documents)}")
-    cells = {key: [documents[identity][key] for identity in document_ids] for key in right[0]}
-    embeddings = embed(encoder, cells, *right, batch_size=batch_size)
-    # One whose only value is an image that could not be read has no direction either.
-    found = (embeddings != 0).any(dim=1)
-    if not found.all():
-        document_ids = [identity for identity, there in zip(document_ids, found.tolist(), strict=True) if there]
-    return Corpus(document_ids, embeddings[found])
-
-
-def evaluate(
-    encoder: FieldEncoder, pairs: Pairs, corpus: Corpus, left: Side, *, top_k: int = 1000, batch_size: int = 512
-) -> Evaluation:
-    """Rank a corpus for the queries of ``pairs`` and grade the rankings.
-
-    Args:
-        pairs: the judged pairs; their scores become grades by :func:`minmax_grades`, over the whole file. Of a pair
-            that occurs twice the last score counts.
-        corpus: see :func:`embed_corpus`; for the documents of ``pairs`` themselves, of :func:`corpus_of`.
-    """
-    query_rows = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
-    query_ids = sorted(query_rows, key=query_rows.__getitem__)
-    queries = {key: [cells[query_rows[identity]] for identity in query_ids] for key, cells in pairs.left.items()}
-    found, scores = search(embed(encoder, queries, *left, batch_size=batch_size), corpus.embeddings, top_k)
-    return grade(grades_of(pairs, query_ids), corpus.document_ids, found.cpu(), scores.cpu())
-
-
-def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> None:
-    """Say in one line how many judged documents the corpus lacks: they stay in the ground truth and are never found.
-
-    Raises:
-        DataError: the corpus has none of them; ids and corpus do not belong together.
-    """
-    judged = dict.fromkeys(pairs.document_ids)
-    missing = [identity for identity in judged if identity not in corpus]
-    if not missing:
-        return
-    counts = f"{len(missing)} of {len(judged)}"
-    message = f"{path}: expected all documents in the corpus, got {counts} that are not, first '{missing[0]}'"
-    if len(missing) == len(judged):
-        raise DataError(message)
-    print(f"{message}; they count as not found")
-
-
-def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:
-    """The documents of the pairs themselves, ``{id: {field: value}}``, in the order of their first row."""
-    corpus: dict[str, dict[str, str]] = {}
-    for row, identity in enumerate(pairs.document_ids):
-        if identity not in corpus:
-            corpus[identity] = {key: cells[row] for key, cells in pairs.right.items()}
+    """The corpus's embeddings, from the features file if it was made from the same things."""
+    weights = Path(args.pretrained) if args.pretrained else None
+    stamp = weights.stat().st_mtime_ns if weights and weights.exists() else 0
+    made_from = [args.model_name, args.pretrained, stamp, args.context_length, args.doc_meta,
+                 Path(args.doc_meta).stat().st_mtime_ns, list(right[0].items()), list(right[1].items())]  # fmt: skip
+    made_from = json.dumps(made_from)
+    if args.features_path.exists() and not args.overwrite_feature:
+        try:
+            content = torch.load(args.features_path, weights_only=True)
+            if content["made_from"] == made_from:
+                return Corpus(content["document_ids"], content["embeddings"])
+            print(f"{args.features_path}: of another model or corpus; made again")
+        except Exception:  # whatever torch.load says of a file that is none of ours
+            print(f"{args.features_path}: cannot be read; made again")
+    corpus = embed_corpus(encoder, documents, right, batch_size=args.batch_size)
+    content = {"made_from": made_from, "document_ids": corpus.document_ids, "embeddings": corpus.embeddings.cpu()}
+    write_atomically(args.features_path, lambda new: torch.save(content, new))
     return corpus
 
 
-Grades = Mapping[str, Mapping[str, int]]
-"""``{query id: {document id: grade}}``, the ground truth."""
-
-
-def grades_of(pairs: Pairs, query_ids: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The ground truth of pairs for some of their queries: :func:`minmax_grades` over the whole file."""
-    grades: dict[str, dict[str, int]] = {identity: {} for identity in query_ids}
-    for query, document, gain in zip(pairs.query_ids, pairs.document_ids, minmax_grades(pairs.scores), strict=True):
-        if query in grades:
-            grades[query][document] = gain
-    return grades
-
-
-NOTHING = ""
-"""The id that fills rankings of fewer documents than others; never judged, and no document."""
-
-
-def grade(grades: Grades, document_ids: list[str], ranking: Tensor, scores: Tensor | None = None) -> Evaluation:
-    """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in :class:`Evaluation`."""
-    gains = torch.tensor(
-        [
-            [of_query.get(document_ids[position], 0) for position in positions]
-            for of_query, positions in zip(grades.values(), ranking.tolist(), strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    judged = torch.zeros(len(grades), max(1, *(len(of_query) for of_query in grades.values())), dtype=torch.float64)
-    for row, of_query in enumerate(grades.values()):
-        judged[row, : len(of_query)] = torch.tensor(list(of_query.values()), dtype=torch.float64)
-    known = {document for of_query in grades.values() for document in of_query} | {NOTHING}
-    holes = torch.tensor([document not in known for document in document_ids])[ranking]
-    per_query = all_metrics(gains, judged)
-    means = {name: float(values.mean()) for name, values in per_query.items()}
-    return Evaluation(list(grades), document_ids, ranking, gains, judged, holes, per_query, means, scores)
-
-
-def random_ranking(pairs: Pairs, document_ids: list[str], *, top_k: int = 1000, seed: int = 0) -> Evaluation:
-    """Every query's documents in a random order: the level below which nothing has been learnt."""
-    generator = torch.Generator().manual_seed(seed)
-    query_ids = list(dict.fromkeys(pairs.query_ids))
-    order = [torch.randperm(len(document_ids), generator=generator)[:top_k] for _ in query_ids]
-    return grade(grades_of(pairs, query_ids), document_ids, torch.stack(order))
+def from_files(args: argparse.Namespace) -> Evaluation:
+    """The metrics of a ground truth and a ranking that are there already."""
+    grades, path = read_grades(args.gt_results_path), args.output_dir / "retrieval.json"
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(of_query, dict) for of_query in found.values()):
+        raise DataError(f"{path}: expected JSON {{query: {{document: score}}}}, got another structure")
+    if missing := [query for query in grades if query not in found]:
+        print(
+            f"{path}: expected a ranking for every query, got none for {len(missing)}, first '{missing[0]}'; they score 0"
+        )
+    documents = list(dict.fromkeys(document for query in grades for document in found.get(query, ())))
+    place = {document: number for number, document in enumerate([*documents, NOTHING])}
+    width = max((len(found.get(query, ())) for query in grades), default=0)
+    ranking = torch.full((len(grades), width), place[NOTHING])
+    for row, query in enumerate(grades):
+        # Equal scores stay in the order of the file.
+        best = sorted(found.get(query, {}).items(), key=lambda item: -item[1])
+        ranking[row, : len(best)] = torch.tensor([place[document] for document, _ in best], dtype=torch.int64)
+    return grade(grades, [*documents, NOTHING], ranking)
 
 
 if __name__ == "__main__":
-    import sys
-
-    from gcl_kernels.training.evaluate_files import main
-
     sys.exit(main())

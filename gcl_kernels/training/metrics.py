@@ -6,7 +6,7 @@ Every function takes
     judged  (Q, J)  every grade of the query's judged documents in any order, padded with 0
 
 both >= 0 on one device, and returns a (Q,) float64 tensor with values in [0, 1]. A query without a positive grade
-scores 0. How equal scores are ordered is the ranking's business: see :func:`gcl_kernels.training.evaluate.search`.
+scores 0. How equal scores are ordered is the ranking's business: see :func:`gcl_kernels.training.ranking.search`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
 
 TINY_MODEL = "ViT-Tiny-8-32px"
 """The small model of the demo: 32-px images, patch 8, vision 4 x 128, text 2 x 128, context 16; 7.6 M parameters."""

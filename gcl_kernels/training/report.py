@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from gcl_kernels.training.data import InputError, load_image
-from gcl_kernels.training.evaluate_files import read_json, read_per_query
+from gcl_kernels.training.data import load_image
+from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.evaluation_files import read_per_query
+from gcl_kernels.training.files import read_json
 from gcl_kernels.training.metrics import NAMES
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
 
 WINDOW = 16
 """A batch without duplicates looks at this many times its size of rows; what it passes over waits for the next one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
 
 
 class Tracker:

@@ -10,7 +10,6 @@ The options are those of :mod:`gcl_kernels.training.options`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,14 @@ import gcl_kernels
 from gcl_kernels import grad_cache
 from gcl_kernels.training import checkpoint as checkpoints
 from gcl_kernels.training import processes
-from gcl_kernels.training.data import Columns, DataError, EmptyError, InputError, PairFile, Pairs, read_documents, shown
+from gcl_kernels.training.data import Columns, PairFile, Pairs, read_documents, shown
 from gcl_kernels.training.encode import FieldEncoder, Inputs, TwoTower
-from gcl_kernels.training.evaluate import (
+from gcl_kernels.training.errors import DataError, EmptyError, InputError
+from gcl_kernels.training.files import write_json_atomically
+from gcl_kernels.training.memory import peak_memory, reset_peak_memory
+from gcl_kernels.training.openclip import create_model
+from gcl_kernels.training.options import weighting
+from gcl_kernels.training.ranking import (
     Corpus,
     Evaluation,
     corpus_of,
@@ -40,9 +44,6 @@ from gcl_kernels.training.evaluate import (
     minmax,
     random_ranking,
 )
-from gcl_kernels.training.memory import peak_memory, reset_peak_memory
-from gcl_kernels.training.openclip import create_model
-from gcl_kernels.training.options import weighting
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.tracking import Tracker
 
@@ -388,7 +389,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
         "random": {path: evaluation.means for path, evaluation in run.random.items()},
         "per_query": {path: evaluation.rows() for path, evaluation in run.evaluations.items()},
     }
-    checkpoints.write_atomically(folder / "results.json", lambda new: new.write_text(json.dumps(results, indent=1)))
+    write_json_atomically(folder / "results.json", results, indent=1)
     return run
 
 

@@ -9,19 +9,21 @@ import torch
 import reference
 from bench import __main__ as command
 from bench import cases, measure, oracle, peers, report
+from gcl_kernels.losses import DIRECTIONS
+from gcl_kernels.testing import relative_error
 
 
-@pytest.mark.parametrize("directions", list(cases.DIRECTIONS))
+@pytest.mark.parametrize("directions", list(DIRECTIONS))
 @pytest.mark.parametrize(("n", "m"), [(37, 37), (23, 40)])
 def test_the_oracle_is_the_reference(n, m, directions, monkeypatch):
     monkeypatch.setattr(oracle, "CHUNK_BYTES", 8 * m * 10)  # several chunks, the last one ragged
     case = cases.Case("cpu", "fp64", n, m, 19, directions, logit_scale=17.0)
     inputs = cases.build(case)
     leaves = inputs.leaves
-    exact = oracle.loss_and_gradients(*leaves, cases.DIRECTIONS[directions])
+    exact = oracle.loss_and_gradients(*leaves, DIRECTIONS[directions])
     loss = reference.gcl_loss(*leaves, directions=directions)
     for got, want in zip(exact, (loss, *torch.autograd.grad(loss, leaves)), strict=True):
-        assert oracle.relative_error(got, want.detach()) < 1e-10
+        assert relative_error(got, want.detach()) < 1e-10
 
 
 @pytest.mark.parametrize("draw", cases.DRAWS)
@@ -169,17 +171,17 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert "| 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
+    assert "| 512 | 51.20 s | 51.20 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
     one = tmp_path / "one.png"
     report.draw(result | {"cells": cells[:1]}, one)
     assert not one.exists()  # one case has no curve; its table is all there is
     text = report.bench_readme({"run.json": result})
     assert "## run" in text
     assert "N = 256, D = 64" in text
-    assert "| gcl_kernels | 51.2 s | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| gcl_kernels | 51.20 s | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
     # A step that was measured once has neither a spread nor a rate.
-    assert "| gcl_kernels | 200 s |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
-    assert "| 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
+    assert "| gcl_kernels | 200.00 s |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| 1,024 | 200.00 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
     assert report.read(tmp_path / "absent.json") == {"cells": []}
 
 

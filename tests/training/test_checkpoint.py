@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from gcl_kernels.training import checkpoint, train
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.files import write_atomically
 from gcl_kernels.training.options import parse_args
 
 # A run that draws random numbers (dropout) and, asked to, kills itself at the n-th call of something.
@@ -197,7 +198,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert checkpoint.load(path)["epoch"] == 1
 
 

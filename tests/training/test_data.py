@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
-from gcl_kernels.training.data import KEY_END, DataError, load_image, read_documents, read_pairs
+from gcl_kernels.training.data import KEY_END, load_image, read_documents, read_pairs
+from gcl_kernels.training.errors import DataError
 
 LEFT, RIGHT = {"query": "txt"}, {"title": "txt", "image": "img"}
 HEADER = "query,title,image,score"

@@ -1,131 +1,216 @@
-"""Exact search, the grades of the protocol, and evaluation end to end with an encoder that is a table."""
+"""The evaluator's command line: the authors' flags and files, metrics at every cut, and input that is half wrong."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import csv
+import json
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from PIL import Image
 
-from gcl_kernels.training.data import Pairs
-from gcl_kernels.training.evaluate import corpus_of, embed_corpus, minmax_grades, random_ranking, search
-from gcl_kernels.training.evaluate import evaluate as evaluate_on
-
-
-@given(
-    st.integers(1, 9), st.integers(1, 40), st.integers(1, 45), st.integers(1, 10), st.integers(1, 40), st.integers(0, 99)
-)  # fmt: skip
-def test_search_is_a_stable_sort_whatever_the_chunks(queries, documents, k, query_chunk, document_chunk, seed):
-    generator = torch.Generator().manual_seed(seed)
-    # Small whole numbers: products are exact, and ties are many.
-    x = torch.randint(-2, 3, (queries, 3), generator=generator).float()
-    y = torch.randint(-2, 3, (documents, 3), generator=generator).float()
-    expected = [sorted(range(documents), key=lambda j: (-float(x[i] @ y[j]), j))[:k] for i in range(queries)]
-    found = search(x, y, k, query_chunk=query_chunk, document_chunk=document_chunk)
-    assert found[0].tolist() == expected
-    assert found[1].tolist() == [[float(x[i] @ y[j]) for j in row] for i, row in enumerate(expected)]
+from gcl_kernels.training.evaluate import main
+from gcl_kernels.training.evaluation_files import CUTS, write_results
+from gcl_kernels.training.ground_truth import draw_queries
+from gcl_kernels.training.openclip import TINY_MODEL
+from gcl_kernels.training.ranking import grade
+from gcl_kernels.training.significance import bootstrap_interval, paired_test
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_search_refuses_what_is_not_finite(side):
-    sides = [torch.ones(2, 3), torch.ones(4, 3)]
-    sides[side][1, 1] = torch.nan
-    with pytest.raises(ValueError, match="expected finite embeddings, got NaN or infinity"):
-        search(sides[0], sides[1], 2)
+@pytest.fixture
+def files(tmp_path):
+    for name in ("red", "blue", "green"):
+        Image.new("RGB", (32, 32), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "test.csv").write_text(
+        "query,product_id,score_linear\nred thing,1,100\nred thing,2,50\nblue thing,2,80\nblue thing,9,90\n"
+        "green,3,x\ngreen,3,10\n"
+    )
+    corpus = {
+        "1": {"image_local": "red.png", "title": "a red square"},
+        "2": {"image_local": "blue.png", "title": "a blue square"},
+        "3": {"image_local": "green.png"},
+        "4": {"image_local": "broken.png"},
+    }
+    (tmp_path / "corpus.json").write_text(json.dumps(corpus))
+    return tmp_path
 
 
-def test_minmax_grades_are_those_of_the_protocol():
-    assert minmax_grades([0, 3, 1.5, 2.6667]) == [1, 100, 50, 89]
-    assert minmax_grades([7, 7]) == [1, 1]
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=2))
-def test_minmax_grades_keep_the_order_between_1_and_100(scores):
-    grades = minmax_grades(scores)
-    assert all(1 <= grade <= 100 for grade in grades)
-    for a, grade_a in zip(scores, grades, strict=True):
-        for b, grade_b in zip(scores, grades, strict=True):
-            assert a < b or grade_a >= grade_b
-    if min(scores) < max(scores):
-        assert (min(grades), max(grades)) == (1, 100)
-
-
-class Table:
-    """An encoder whose embeddings are given: {value: vector}."""
-
-    def __init__(self, vectors):
-        self.model = torch.nn.Linear(1, 1)
-        self.vectors = {"": [-5.0, 3.0]} | vectors  # of no meaning: the mask must keep it out
-
-    def __call__(self, fields, kinds):
-        embeddings = {key: torch.tensor([self.vectors[cell] for cell in cells]) for key, cells in fields.items()}
-        return embeddings, torch.tensor([[bool(cell) for cell in cells] for cells in fields.values()]).T
-
-
-def evaluate(encoder, pairs, documents, left, right, **options):
-    documents = corpus_of(pairs) if documents is None else documents
-    return evaluate_on(encoder, pairs, embed_corpus(encoder, documents, right), left, **options)
-
-
-TEXT = {"q": "txt"}, {"q": 1.0}
-TWO = {"a": "txt", "b": "txt"}, {"a": 1.0, "b": 1.0}
-
-
-def small_pairs():
-    return Pairs(
-        Path("pairs.csv"), {"q": ["east", "east", "north"]}, {"a": ["e", "n", "n"], "b": ["", "", ""]},
-        [3.0, 1.0, 3.0], ["Q1", "Q1", "Q2"], ["E", "N", "N"],
+def evaluate(folder, *more, out="out"):
+    return main(
+        [f"--test_csv={folder / 'test.csv'}", f"--doc-meta={folder / 'corpus.json'}", f"--model_name={TINY_MODEL}",
+         "--weight_key=score_linear", "--left-key", "['query']", "--right-key", "['image_local', 'title']",
+         "--img-or-txt", "[['txt'], ['img', 'txt']]", "--left-weight", "[1]", "--right-weight", "[0.9, 0.1]",
+         "--context-length", "[[8], [0, 8]]", f"--output-dir={folder / out}", *more]
     )  # fmt: skip
 
 
-VECTORS = {"east": [1.0, 0.0], "north": [0.0, 1.0], "e": [2.0, 0.1], "n": [0.1, 2.0], "w": [-1.0, 0.0]}
+def test_the_files_are_those_of_the_authors_and_bad_input_is_counted(files, capsys):
+    torch.manual_seed(0)
+    assert evaluate(files) == 0
+    out = capsys.readouterr().out
+    assert f"{files / 'test.csv'}: 1 bad rows skipped:" in out
+    assert "expected all documents in the corpus, got 1 of 4 that are not, first '9'; they count as not found" in out
+    assert "1 images could not be read" in out
+    folder = files / "out"
+    # 10 to 100 becomes 1 to 100; queries by the sum of their grades, documents by grade.
+    grades = {
+        "blue thing_{!@#~}_": {"9": 89, "2": 78},
+        "red thing_{!@#~}_": {"1": 100, "2": 45},
+        "green_{!@#~}_": {"3": 1},
+    }
+    assert json.loads((folder / "gt_results.json").read_text()) == grades
+    assert list(json.loads((folder / "gt_results.json").read_text())) == list(grades)
+    retrieval = json.loads((folder / "retrieval.json").read_text())
+    assert retrieval.keys() == grades.keys()
+    for found in retrieval.values():
+        # The document whose only value is a broken image has no direction and cannot be found.
+        assert found.keys() == {"1", "2", "3"}
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+    output = json.loads((folder / "output.json").read_text())
+    assert {"mAP", "ndcg", "precision", "recall", "mrr", "hole", "acc", "summary"} <= output.keys()
+    assert output["ndcg"].keys() == {f"NDCG@{k}" for k in CUTS}
+    with (folder / "output.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert list(line) == ["mAP@1000", "mrr@1000", "NDCG@10", "mERR", "mRBP7", "mRBP8", "mRBP9"]
+    assert float(line["NDCG@10"]) == output["summary"]["NDCG@10"] == output["ndcg"]["NDCG@10"]
+    with (folder / "per_query.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["query"] for row in rows] == list(grades)
+    assert sum(float(row["NDCG@10"]) for row in rows) / 3 == pytest.approx(output["summary"]["NDCG@10"])
 
 
-def test_evaluation_ranks_grades_and_measures():
-    encoder = Table(VECTORS)
-    evaluation = evaluate(encoder, small_pairs(), None, TEXT, TWO, batch_size=1)
-    assert evaluation.query_ids == ["Q1", "Q2"]
-    assert evaluation.document_ids == ["E", "N"]
-    assert evaluation.ranking.tolist() == [[0, 1], [1, 0]]
-    assert evaluation.gains.tolist() == [[100, 1], [100, 0]]
-    assert evaluation.means["NDCG@10"] == pytest.approx(1.0)
-    assert encoder.model.training, "the model is left as it was"
+def test_metrics_alone_are_those_of_the_files_and_a_run_equals_itself(files, capsys):
+    assert evaluate(files) == 0
+    first = json.loads((files / "out" / "output.json").read_text())
+    assert main([f"--output-dir={files / 'out'}", "--metric-only", f"--compare-with={files / 'out'}"]) == 0
+    again = json.loads((files / "out" / "output.json").read_text())
+    comparison = again.pop("comparison")
+    assert again == first
+    assert comparison["NDCG@10"]["p"] == 1
+    assert comparison["NDCG@10"]["ours"] == comparison["NDCG@10"]["theirs"]
+    assert "3 of 3 queries are in both" in capsys.readouterr().out
 
 
-def test_evaluation_on_a_corpus_counts_what_is_not_judged_as_0_and_passes_over_empty_documents():
-    corpus = {"W": {"a": "w", "b": ""}, "E2": {"a": "e", "b": "e"}, "none": {"a": "", "b": ""},
-              "E": {"a": "e", "b": ""}, "N": {"a": "", "b": "n"}}  # fmt: skip
-    evaluation = evaluate(Table(VECTORS), small_pairs(), corpus, TEXT, TWO, top_k=3)
-    assert evaluation.document_ids == ["W", "E2", "E", "N"]
-    assert evaluation.ranking.tolist() == [[1, 2, 3], [3, 1, 2]]
-    assert evaluation.gains.tolist() == [[0, 100, 1], [100, 0, 0]]
+def test_features_are_used_again_only_for_the_same_model_and_corpus(files, capsys):
+    assert evaluate(files) == 0
+    features = torch.load(files / "out" / "features.pt", weights_only=True)
+    features["embeddings"] = torch.eye(3, 128)
+    torch.save(features, files / "out" / "features.pt")
+    assert evaluate(files) == 0
+    assert torch.load(files / "out" / "features.pt", weights_only=True)["embeddings"].equal(torch.eye(3, 128))
+    assert evaluate(files, "--right-weights=[0.5,0.5]") == 0
+    assert "of another model or corpus; made again" in capsys.readouterr().out
+    assert not torch.load(files / "out" / "features.pt", weights_only=True)["embeddings"].equal(torch.eye(3, 128))
 
 
-def test_field_weights_and_missing_values_decide_the_order():
-    pairs = Pairs(Path("p"), {"q": ["east"]}, {"a": ["e"], "b": [""]}, [1.0], ["Q"], ["E"])
-    corpus = {"mixed": {"a": "e", "b": "n"}, "E": {"a": "e", "b": ""}, "other": {"a": "n", "b": "e"}}
-    kinds = TWO[0]
-    order = evaluate(Table(VECTORS), pairs, corpus, TEXT, (kinds, {"a": 0.9, "b": 0.1})).ranking.tolist()
-    assert order == [[1, 0, 2]]
-    order = evaluate(Table(VECTORS), pairs, corpus, TEXT, (kinds, {"a": 0.1, "b": 0.9})).ranking.tolist()
-    assert order == [[1, 2, 0]]
+def test_a_given_ground_truth_decides_the_queries(files, capsys):
+    path = files / "gt.json"
+    path.write_text(json.dumps({"red thing_{!@#~}_": {"2": 7}, "other": {"1": 1}}))
+    assert evaluate(files, f"--gt_results_path={path}") == 0
+    assert "got 1 of 2 that it does not have, first 'other'; left out" in capsys.readouterr().out
+    assert list(json.loads((files / "out" / "retrieval.json").read_text())) == ["red thing_{!@#~}_"]
+    # Of the three documents found one is judged.
+    assert json.loads((files / "out" / "output.json").read_text())["hole"]["Hole@3"] == pytest.approx(2 / 3)
 
 
-def test_of_a_pair_given_twice_the_last_score_counts():
-    pairs = Pairs(Path("p"), {"q": ["east"] * 3}, {"a": ["e", "e", "n"], "b": [""] * 3}, [9.0, 0.0, 9.0],
-                  ["Q"] * 3, ["E", "E", "N"])  # fmt: skip
-    assert evaluate(Table(VECTORS), pairs, None, TEXT, TWO).gains.tolist() == [[1, 100]]
+def test_holes_are_documents_that_no_query_has_judged(tmp_path):
+    (tmp_path / "gt_results.json").write_text(json.dumps({"p": {"a": 3}, "q": {"b": 1}}))
+    found = {"p": {"x": 0.9, "b": 0.8, "a": 0.7}, "q": {"b": 0.5}}  # b was judged, for the other query
+    (tmp_path / "retrieval.json").write_text(json.dumps(found))
+    assert main([f"--output-dir={tmp_path}", "--metric-only"]) == 0
+    holes = json.loads((tmp_path / "output.json").read_text())["hole"]
+    assert [holes[f"Hole@{k}"] for k in (1, 2, 4)] == [1 / 2, 1 / 4, 1 / 8]
 
 
-def test_the_corpus_of_the_pairs_has_each_document_once():
-    assert corpus_of(small_pairs()) == {"E": {"a": "e", "b": ""}, "N": {"a": "n", "b": ""}}
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "expected JSON, got"),
+        ('{"q": {"d": 1.5}}', "expected JSON {query: {document: whole grade >= 0}}, got another structure"),
+        ("{}", "expected at least one query, got none"),
+        ('{"other": {"d": 1}}', "got 1 of 1 that it does not have, first 'other'"),
+    ],
+)
+def test_a_ground_truth_that_cannot_be_used_is_one_line_and_status_2(files, capsys, content, fault):
+    (files / "gt.json").write_text(content)
+    assert evaluate(files, f"--gt_results_path={files / 'gt.json'}") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{files / 'gt.json'}: ")
+    assert fault in message
+    assert len(message.splitlines()) == 1
 
 
-def test_random_rankings_are_the_same_for_the_same_seed():
-    pairs, documents = small_pairs(), [*"ENABCDFG"]
-    first, again, other = (random_ranking(pairs, documents, seed=seed) for seed in (1, 1, 2))
-    assert first.ranking.equal(again.ranking)
-    assert not first.ranking.equal(other.ranking)
-    assert sorted(first.ranking[0].tolist()) == list(range(8))
+def test_queries_are_drawn_as_the_authors_draw_them(files, capsys):
+    weight = {f"query {n}": n + 1 for n in reversed(range(12))}
+    # What pandas 3.1 gives for .groupby("query").sum().sample(n=4, weights="weight", random_state=1).
+    assert draw_queries(weight, 4) == ["query 3", "query 7", "query 0", "query 11"]
+    assert draw_queries(weight, -1) == draw_queries(weight, 12) == sorted(weight)
+    assert evaluate(files, "--top-q=1") == 0
+    assert len(json.loads((files / "out" / "gt_results.json").read_text())) == 1
+    with pytest.raises(SystemExit):
+        evaluate(files, "--top-q=0")
+    assert "--top-q: expected a number > 0, or -1 for all, got 0" in capsys.readouterr().err
+
+
+@given(st.integers(0, 2**31), st.sampled_from([3, 40]), st.sampled_from([1, 100]))
+def test_every_cut_is_that_of_trec_eval(tmp_path_factory, seed, top_k, largest):
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec-eval-terrier is the oracle and is not installed")
+    generator = torch.Generator().manual_seed(seed)
+    documents = [f"d{number}" for number in range(60)]
+    grades = {
+        f"q{query}": {
+            documents[place]: int(torch.randint(1, largest + 1, (), generator=generator))
+            for place in torch.randperm(60, generator=generator)[: 1 + 9 * query].tolist()
+        }
+        for query in range(4)
+    }
+    ranking = torch.stack([torch.randperm(60, generator=generator)[:top_k] for _ in grades])
+    folder = tmp_path_factory.mktemp("out")
+    write_results(folder, grade(grades, documents, ranking), 1000, None)
+    output = json.loads((folder / "output.json").read_text())
+    cuts = ",".join(map(str, CUTS))
+    oracle = pytrec_eval.RelevanceEvaluator(
+        grades, {f"{name}.{cuts}" for name in ("ndcg_cut", "map_cut", "recall", "P")}
+    )
+    run = {
+        query: {documents[place]: 1000.0 - rank for rank, place in enumerate(places)}
+        for query, places in zip(grades, ranking.tolist(), strict=True)
+    }
+    expected = oracle.evaluate(run)
+    names = {
+        "ndcg": ("NDCG", "ndcg_cut"),
+        "mAP": ("MAP", "map_cut"),
+        "recall": ("Recall", "recall"),
+        "precision": ("P", "P"),
+    }
+    for key, (ours, theirs) in names.items():
+        for k in CUTS:
+            mean = sum(of_query[f"{theirs}_{k}"] for of_query in expected.values()) / len(expected)
+            assert output[key][f"{ours}@{k}"] == pytest.approx(mean, abs=1e-9), (key, k)
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(60):
+        values = torch.rand(40, generator=generator).numpy()
+        low, high = bootstrap_interval(values)
+        assert low < values.mean() < high
+        held += low < 0.5 < high
+    assert 52 <= held <= 60
+    assert bootstrap_interval([0.3, 0.3]) == (0.3, 0.3)
+
+
+def test_the_paired_test_is_exact_for_few_queries_and_sees_a_shift_only_where_there_is_one():
+    # Of the 8 ways to sign three differences, two are as far from 0 as all of one sign.
+    assert paired_test([1, 2, 3], [0, 0, 0]) == pytest.approx(2 / 8)
+    assert paired_test([1, 1, 0, 0], [0, 0, 1, 1]) == 1
+    assert paired_test([0.5] * 5, [0.5] * 5) == 1
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(100, generator=generator).numpy()
+    base = torch.randn(100, generator=generator).numpy()
+    assert paired_test(base + 0.2 * noise + 0.1, base) < 0.01
+    assert paired_test(base + 0.2 * (noise - noise.mean()) + 0.001, base) > 0.5

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from PIL import Image
 
-from gcl_kernels.training.data import Columns, DataError, PairFile, load_image, read_documents, read_pairs
+from gcl_kernels.training.data import Columns, PairFile, load_image, read_documents, read_pairs
+from gcl_kernels.training.errors import DataError
 
 LEFT, RIGHT = {"query": "txt"}, {"title": "txt", "image": "img"}
 ROWS = [

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gcl_kernels.training import openclip
-from gcl_kernels.training.data import InputError, load_image
+from gcl_kernels.training.data import load_image
+from gcl_kernels.training.errors import InputError
 
 
 def test_the_tiny_model_is_one_of_open_clips(tmp_path):

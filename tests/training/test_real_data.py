@@ -10,7 +10,7 @@ import pytest
 
 from gcl_kernels.training import emoji
 from gcl_kernels.training.data import load_image, read_documents, read_pairs
-from gcl_kernels.training.evaluate_files import main as evaluate
+from gcl_kernels.training.evaluate import main as evaluate
 from gcl_kernels.training.openclip import TINY_MODEL
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.train import train

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.sampler import WINDOW, Sampler
 
 

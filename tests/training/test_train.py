@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from gcl_kernels.training.__main__ import main
-from gcl_kernels.training.data import InputError
+from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
 from gcl_kernels.training.options import parse_args, parse_kinds, parse_knots, parse_list, parse_weights
 from gcl_kernels.training.train import freeze_all_but, learning_rate, train

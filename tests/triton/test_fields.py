@@ -123,7 +123,7 @@ def test_autocast_changes_nothing():
 def test_the_operator_passes_opcheck(masked, normalize):
     fields = [torch.randn(5, 6, device=DEVICE, requires_grad=f != 1) for f in range(3)]
     mask = torch.rand(5, 3, device=DEVICE) > 0.3 if masked else None
-    arguments = fields, [0.2, 0.3, 0.5], mask, normalize, normalize, "triton"
+    arguments = fields, mask, [0.2, 0.3, 0.5], [normalize, normalize], "triton"
     torch.library.opcheck(torch.ops.gcl_kernels.aggregate_fields.default, arguments)
 
 

@@ -33,8 +33,9 @@ def addresses(p_x, strides, o_row, o_d):
 
 
 @triton.jit
-def load_fields(fields, strides, p_mask, mask_strides, o_row, o_d, n, d, HAS_MASK: tl.constexpr):
+def load_fields(fields, strides, mask, place, HAS_MASK: tl.constexpr):
     """(values, presence) of each field in some rows: blocks as stored, 0 where absent, which is not read, and past the end."""
+    (p_mask, mask_strides), (o_row, o_d, n, d) = mask, place
     b_fields, m_fields = (), ()
     m_row = o_row < n
     for f in tl.static_range(len(fields)):
@@ -109,7 +110,7 @@ def aggregate_forward(
 ):
     N_FIELDS: tl.constexpr = len(fields)
     o_row, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    b_fields, m_fields = load_fields(fields, strides, p_mask, mask_strides, o_row, o_d, n, d, HAS_MASK)
+    b_fields, m_fields = load_fields(fields, strides, (p_mask, mask_strides), (o_row, o_d, n, d), HAS_MASK)
     b_shares = shares(weights, m_fields, HAS_MASK)
     p_norms = p_inverse_norms + o_row.to(tl.int64) * (N_FIELDS + 1)
     b_total = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -149,7 +150,7 @@ def aggregate_backward(
     o_row, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     m_out = (o_row < n)[:, None] & (o_d < d)[None, :]
     b_norms = load_norms(p_inverse_norms + o_row.to(tl.int64) * (N_FIELDS + 1), o_row < n, N_FIELDS + 1)
-    b_fields, m_fields = load_fields(fields, strides, p_mask, mask_strides, o_row, o_d, n, d, HAS_MASK)
+    b_fields, m_fields = load_fields(fields, strides, (p_mask, mask_strides), (o_row, o_d, n, d), HAS_MASK)
     b_g = tl.load(addresses(p_g, g_strides, o_row, o_d), mask=m_out, other=0.0)
     b_shares = shares(weights, m_fields, HAS_MASK)
     b_g = b_g.to(tl.float32)

@@ -10,52 +10,33 @@ from torch import Tensor
 
 from ..choice import FIELDS_AND_WIDTH, fields_fit
 from ..chunks import cdiv
+from ..contract import Mean
 from .config import RowBlock, row_block
 from .run import run, storable
 
 
-def aggregate_fields(
-    fields: Sequence[Tensor], weights: Sequence[float], mask: Tensor | None, normalize_fields: bool, normalize: bool
-) -> tuple[Tensor, Tensor]:
+def aggregate_fields(fields: Sequence[Tensor], mask: Tensor | None, mean: Mean) -> tuple[Tensor, Tensor]:
     """See `backends.contract`."""
     n, d = fields[0].shape
     out = fields[0].new_empty((n, d), dtype=storable(fields[0]))
     inverse_norms = fields[0].new_empty((n, len(fields) + 1), dtype=torch.float32)
-    launch("aggregate_forward", fields, weights, mask, normalize_fields, normalize, inverse_norms, p_out=out)
+    run("aggregate_forward", **arguments(fields, mask, mean, inverse_norms), p_out=out)
     return out.to(fields[0].dtype), inverse_norms
 
 
 def aggregate_fields_backward(
-    fields: Sequence[Tensor],
-    weights: Sequence[float],
-    mask: Tensor | None,
-    normalize_fields: bool,
-    normalize: bool,
-    inverse_norms: Tensor,
-    g: Tensor,
-    need: Sequence[bool],
+    fields: Sequence[Tensor], mask: Tensor | None, mean: Mean, inverse_norms: Tensor, g: Tensor, need: Sequence[bool]
 ) -> list[Tensor]:
     """See `backends.contract`."""
     stored = storable(fields[0])
     gradients = [x.new_empty(x.shape if needed else 0, dtype=stored) for x, needed in zip(fields, need, strict=True)]
-    launch(
-        "aggregate_backward", fields, weights, mask, normalize_fields, normalize, inverse_norms,
-        p_g=g, g_strides=g.stride(), gradients=tuple(gradients), NEED=tuple(need),
-    )  # fmt: skip
+    of_output = {"p_g": g, "g_strides": g.stride(), "gradients": tuple(gradients), "NEED": tuple(need)}
+    run("aggregate_backward", **arguments(fields, mask, mean, inverse_norms), **of_output)
     return [v.to(fields[0].dtype) for v in gradients]
 
 
-def launch(
-    kernel: str,
-    fields: Sequence[Tensor],
-    weights: Sequence[float],
-    mask: Tensor | None,
-    normalize_fields: bool,
-    normalize: bool,
-    inverse_norms: Tensor,
-    **others: Any,
-) -> None:
-    """What both kernels take. A mask that is not there is stood in for by `inverse_norms`."""
+def arguments(fields: Sequence[Tensor], mask: Tensor | None, mean: Mean, inverse_norms: Tensor) -> dict[str, Any]:
+    """What both kernels take, and how many programs. A mask that is not there is stood in for by `inverse_norms`."""
     n, d = fields[0].shape
     if not fields_fit(len(fields), d):
         limits = " or ".join(f"{most} fields of D <= {widest}" for most, widest in FIELDS_AND_WIDTH)
@@ -63,23 +44,21 @@ def launch(
             f"fields: expected at most {limits} for backend 'triton', got {len(fields)} of D = {d}; backend 'torch' takes them"
         )
     block = row_block(d, lanes=64 if torch.version.hip else 32)
-    run(
-        kernel,
-        cdiv(n, block.rows),
-        fields=tuple(fields),
-        p_mask=inverse_norms if mask is None else mask,
-        p_inverse_norms=inverse_norms,
-        n=n,
-        d=d,
-        strides=tuple(x.stride() for x in fields),
-        mask_strides=(0, 0) if mask is None else mask.stride(),
-        weights=tuple(weights),
-        HAS_MASK=mask is not None,
-        NORMALIZE_FIELDS=normalize_fields,
-        NORMALIZE=normalize,
+    return {
+        "programs": cdiv(n, block.rows),
+        "fields": tuple(fields),
+        "p_mask": inverse_norms if mask is None else mask,
+        "p_inverse_norms": inverse_norms,
+        "n": n,
+        "d": d,
+        "strides": tuple(x.stride() for x in fields),
+        "mask_strides": (0, 0) if mask is None else mask.stride(),
+        "weights": tuple(mean.weights),
+        "HAS_MASK": mask is not None,
+        "NORMALIZE_FIELDS": mean.normalize_fields,
+        "NORMALIZE": mean.normalize,
         **block_constants(block),
-        **others,
-    )
+    }
 
 
 def block_constants(block: RowBlock) -> dict[str, int]:

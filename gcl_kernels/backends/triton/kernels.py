@@ -138,26 +138,18 @@ def merge_partials(
 
 @triton.jit
 def store_gradient(
-    b_s,
-    target,
-    terms,
-    lines,
-    labels,
-    place,
-    LABELS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    HALVES: tl.constexpr,
-    FAST: tl.constexpr,
+    b_s, arguments, place, LABELS: tl.constexpr, GRADIENT: tl.constexpr, HALVES: tl.constexpr, FAST: tl.constexpr
 ):
     """From the logits of a tile to its part of G: the loss's gradient, then positives, then one rounding."""
     i_row, i_col, n, m = place
     if HALVES:
         HALF: tl.constexpr = b_s.shape[1] // 2
         b_left, b_right = column_halves(b_s)
-        store_gradient(b_left, target, terms, lines, labels, place, LABELS, GRADIENT, False, FAST)
+        store_gradient(b_left, arguments, place, LABELS, GRADIENT, False, FAST)
         place = (i_row, i_col + HALF, n, m)
-        store_gradient(b_right, target, terms, lines, labels, place, LABELS, GRADIENT, False, FAST)
+        store_gradient(b_right, arguments, place, LABELS, GRADIENT, False, FAST)
     else:
+        terms, lines, labels, target = arguments
         has_label = holds_a_label(labels, place, b_s.shape[0], b_s.shape[1], LABELS)
         b_s = modify(b_s, terms, place)  # a label that a mask hides gets its entry back below
         b_g = GRADIENT(b_s, lines, place, FAST)
@@ -195,12 +187,11 @@ def backward_tile(
     i_row_tile, i_col_tile = tile_of_program(n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
     place = (i_row_tile * BLOCK_ROWS, i_col_tile * BLOCK_COLS, n, m)
     operands = (lhs, rhs, strides, scale, d)
-    labels = (p_labels, shift, p_entry)
-    target = (gradient, strides[2])
+    arguments = (terms, lines, (p_labels, shift, p_entry), (gradient, strides[2]))
     # The form is chosen before the products, so that neither form's vectors are held in registers for the other's sake.
     if FITS is not None and FITS(lines, place, BLOCK_ROWS, BLOCK_COLS):
         b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
-        store_gradient(b_s, target, terms, lines, labels, place, LABELS, GRADIENT, HALVES, True)
+        store_gradient(b_s, arguments, place, LABELS, GRADIENT, HALVES, True)
     else:
         b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
-        store_gradient(b_s, target, terms, lines, labels, place, LABELS, GRADIENT, HALVES, False)
+        store_gradient(b_s, arguments, place, LABELS, GRADIENT, HALVES, False)

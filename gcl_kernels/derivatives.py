@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,3 +41,14 @@ def _carries_derivative(x: Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)  # from a vmap inside the derivative
     return forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_double_backward(name: str, where: str) -> Callable[..., NoReturn]:
+    """An autograd rule for the gradient of an operator whose gradient cannot be differentiated."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{name}: expected one backward pass, got a second through its gradient; double backward is not supported {where}"
+        )
+
+    return refuse

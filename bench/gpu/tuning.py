@@ -1,0 +1,221 @@
+"""The fastest tile of each kernel: the search space, compiled, timed, and written as the configuration table writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.gpu.context import Context, Result, median, timed
+
+# The search space: (rows, columns, warps), pipeline stages, and for the backward its epilogue whole or in halves. Bands of the
+# finalists are then tried in two other heights.
+SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
+STAGES = (3, 4)
+GROUPS = (4, 16)
+TOY_SHAPES, TOY_STAGES = ((128, 128, 8),), (3,)
+
+
+def candidates(context: Context) -> list[tuple[str, Any]]:
+    """(kernel, tile) of the search space."""
+    from gcl_kernels.backends.triton.config import Tile
+
+    shapes, stages = (TOY_SHAPES, TOY_STAGES) if context.dry_run else (SHAPES, STAGES)
+    halves_or_whole = (True,) if context.dry_run else (False, True)
+    found = []
+    for rows, cols, warps in shapes:
+        for n_stages in stages:
+            found.append(("forward_tile", Tile(rows, cols, 64, warps, n_stages)))
+            found += [
+                ("backward_tile", Tile(rows, cols, 64, warps, n_stages, halves=halves)) for halves in halves_or_whole
+            ]
+    return found
+
+
+def family(context: Context):
+    import torch
+
+    from gcl_kernels import backends
+    from gcl_kernels.backends.triton.config import FAMILIES, family_of
+
+    return FAMILIES["sm_90" if context.dry_run else family_of(backends.architecture(torch.device("cuda")))]
+
+
+def screen(context: Context) -> None:
+    """Compiles the whole space ahead of time, on every core."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    space, chip = candidates(context), family(context)
+    result: Result = {"family": chip.name, "candidates": []}
+    jobs = [(chip.name, kernel, tile, context.sizes.screened_d) for kernel, tile in space]
+    with ProcessPoolExecutor(2 if context.dry_run else os.cpu_count()) as pool:
+        for (kernel, tile), report in zip(space, pool.map(compiled, jobs), strict=True):
+            result["candidates"].append({"kernel": kernel, "tile": asdict(tile), **report})
+            print(kernel, literal(tile), report, flush=True)
+            context.save(result)
+
+
+def compiled(job: tuple[str, str, Any, int]) -> Result:
+    """What a candidate compiles to; `complaints` is why it is out."""
+    from dataclasses import replace
+
+    import torch
+
+    from bench import aot
+    from gcl_kernels.backends.triton.config import FAMILIES, everywhere
+
+    family_name, kernel, tile, d = job
+    chip = FAMILIES[family_name]
+    descriptors = chip.config(torch.bfloat16, d, "ieee").descriptors
+    case = aot.Case(replace(chip, half=everywhere(tile, descriptors)), kernel, torch.bfloat16, d)
+    try:
+        report = aot.inspect(case)
+    except Exception as error:  # a candidate that the compiler refuses is out, and says why
+        return {"complaints": [f"{type(error).__name__}: {str(error)[-300:]}"]}
+    usage = {name: getattr(report, name) for name in ("registers", "stack", "spills", "shared")}
+    return {**usage, "complaints": report.complaints()}
+
+
+def tune(context: Context) -> None:
+    """The fastest tile of each kernel at each D: all at one N; the best, in bands of other heights too, at a larger one."""
+    from dataclasses import replace
+
+    import torch
+
+    from gcl_kernels.backends.triton.config import Tile
+
+    chip, sizes = family(context), context.sizes
+    fitting = [c for c in context.result_of("screen")["candidates"] if not c["complaints"]]
+    result: Result = {"times": [], "chosen": {}}
+    for d in sizes.dimensions:
+        default = chip.config(torch.bfloat16, d, "ieee")
+        chosen = {}
+        for kernel in ("forward_tile", "backward_tile"):
+            space = [Tile(**c["tile"]) for c in fitting if c["kernel"] == kernel]
+            space = list(dict.fromkeys([default.tile(kernel == "backward_tile", masked=False), *space]))
+
+            def times(tiles: Iterable[Tile], n: int, d=d, kernel=kernel, default=default) -> list[tuple[float, Tile]]:
+                problem, rows = TileProblem.of(n, d, context.device, default), []
+                for tile in tiles:
+                    row = {
+                        "kernel": kernel,
+                        "n": n,
+                        "d": d,
+                        "tile": asdict(tile),
+                        **problem.try_tile(kernel, tile, context),
+                    }
+                    result["times"].append(row)
+                    context.save(result)
+                    seconds = row.get("median_seconds")
+                    print(kernel, n, d, literal(tile), row.get("reason", f"{1e3 * (seconds or 0):.3f} ms"), flush=True)
+                    if seconds is not None:
+                        rows.append((seconds, tile))
+                return sorted(rows, key=lambda row: row[0])
+
+            best = [tile for _, tile in times(space, sizes.first_n)[: sizes.finalists]]
+            best += [replace(tile, group=group) for tile in best[:1] for group in GROUPS]
+            ranked = times(best, sizes.last_n)
+            if ranked:
+                chosen[kernel] = asdict(ranked[0][1])
+        result["chosen"][str(d)] = chosen
+        context.save(result)
+        (context.out / "tuning.txt").write_text(table(chip, result["chosen"]))
+    result["whole_step"] = whole_step(context, chip, result["chosen"])
+    context.save(result)
+
+
+@dataclass
+class TileProblem:
+    """Inputs, and the default configuration's results, which every other must repeat."""
+
+    inputs: tuple[Any, Any, Any]
+    default: Any
+    statistics: tuple[Any, Any, Any]
+
+    @classmethod
+    def of(cls, n: int, d: int, device: str, default) -> TileProblem:
+        import torch
+
+        from bench.launches import triton_forward
+
+        unit = torch.nn.functional.normalize
+        x, y = (unit(torch.randn(n, d, device=device)).to(torch.bfloat16) for _ in range(2))
+        inputs = x, y, torch.tensor(100 / 7, device=device)
+        return cls(inputs, default, triton_forward(inputs, config=default))
+
+    def try_tile(self, kernel: str, tile, context: Context) -> Result:
+        """Times, or the reason that there are none. The backward is asked for no product: what is left is its tile kernel."""
+        from bench.launches import triton_backward_tiles, triton_forward
+        from gcl_kernels.backends.triton.config import Config
+
+        config = Config(tile, tile, tile, tile, self.default.descriptors)
+        forward = lambda: triton_forward(self.inputs, config=config)  # noqa: E731
+        backward = lambda: triton_backward_tiles(self.inputs, self.statistics, config=config)  # noqa: E731
+        try:
+            if kernel == "forward_tile":
+                off = max(float((a - b).abs().max()) for a, b in zip(forward(), self.statistics, strict=True))
+                if not off < 1e-3:
+                    return {"reason": f"its results are off by {off:.3g}"}
+            seconds = timed(forward if kernel == "forward_tile" else backward, context)
+        except Exception as error:  # out of resources, most likely: the next candidate may fit
+            return {"reason": f"{type(error).__name__}: {str(error)[-300:]}"}
+        return {"seconds": seconds, "median_seconds": median(seconds)}
+
+
+def whole_step(context: Context, chip, chosen: Result) -> Result:
+    """ClipLoss, forward and backward, with the table's configuration and with the tuned one."""
+    import torch
+
+    from bench.launches import triton_configured
+    from gcl_kernels import ClipLoss
+
+    d = 768 if 768 in context.sizes.dimensions else context.sizes.dimensions[0]
+    n = context.sizes.last_n
+    default = chip.config(torch.bfloat16, d, "ieee")
+    tuned = with_chosen(default, chosen[str(d)])
+    x, y, scale = TileProblem.of(n, d, context.device, default).inputs
+    inputs = [v.requires_grad_() for v in (x, y, scale)]
+    result: Result = {"n": n, "d": d}
+    for name, config in (("table", default), ("tuned", tuned)):
+        with triton_configured(config):
+            result[name] = timed(lambda: torch.autograd.grad(ClipLoss()(*inputs), inputs), context)
+    print(f"whole step, N = {n:,}, D = {d}:", {k: f"{1e3 * median(result[k]):.2f} ms" for k in ("table", "tuned")})
+    return result
+
+
+def with_chosen(default, chosen: Result):
+    from dataclasses import replace
+
+    from gcl_kernels.backends.triton.config import Tile
+
+    named = {"forward": chosen.get("forward_tile"), "backward": chosen.get("backward_tile")}
+    return replace(default, **{name: Tile(**tile) for name, tile in named.items() if tile})
+
+
+def table(chip, chosen: Result) -> str:
+    """Text for `FAMILIES` in gcl_kernels/backends/triton/config.py: bands that got the same choice are one."""
+    import torch
+
+    bands: list[tuple[int, Any]] = []
+    for d in sorted(map(int, chosen)):
+        config = with_chosen(chip.config(torch.bfloat16, d, "ieee"), chosen[str(d)])
+        if bands and bands[-1][1] == config:
+            bands.pop()
+        bands.append((d, config))
+    lines = [f"# {chip.name}: measured by bench.gpu; every time is in its summary.json", "half=("]
+    for position, (d, config) in enumerate(bands):
+        largest = "math.inf" if position == len(bands) - 1 else str(d)
+        tiles = ", ".join(
+            literal(t) for t in (config.forward, config.backward, config.masked_forward, config.masked_backward)
+        )
+        keeping = f", {literal(config.keeping)}" if config.keeping else ""
+        lines.append(f"    ({largest}, Config({tiles}, {config.descriptors}{keeping})),")
+    return "\n".join([*lines, "),", ""])
+
+
+def literal(tile) -> str:
+    """The tile as it is written in the configuration table."""
+    optional = [f"group={tile.group}"] * (tile.group != 8) + ["halves=True"] * tile.halves
+    optional += ["one_exponential=False"] * (not tile.one_exponential)
+    return f"Tile({', '.join([*map(str, (tile.rows, tile.cols, tile.d, tile.warps, tile.stages)), *optional])})"
