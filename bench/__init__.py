@@ -1,1 +1,1 @@
-"""Measurements. Figures in the documentation come from files under ``bench/results`` and from nowhere else."""
+"""Measurements. Figures in the documentation come from files under `bench/results` and from nowhere else."""

@@ -1,9 +1,9 @@
-"""This library beside what a user would pick instead: ``python -m bench``.
+"""This library beside what a user would pick instead: `python -m bench`.
 
 Ours and every peer take turns in one process, with a matrix product between them whose rate is the ceiling of the run. Comma
 lists make the product of cases; each cell is written as it is measured, so a run that is stopped keeps what it has, and
-``--resume`` goes on from there. ``--curves`` measures the scaling curves instead. Tables and figures come from the result files:
-``python -m bench.report``.
+`--resume` goes on from there. `--curves` measures the scaling curves instead. Tables and figures come from the result files:
+`python -m bench.report`.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Inputs:
 
 
 def build(case: Case, seed: int = 0) -> Inputs:
-    """Fresh random unit vectors. ``isotropic``: pairs are strangers. ``clustered``: as a half-trained model gives them: rows in
+    """Fresh random unit vectors. `isotropic`: pairs are strangers. `clustered`: as a half-trained model gives them: rows in
     clusters of near ties, positives at cosines from 0.3 to 0.9."""
     g = torch.Generator().manual_seed(seed)
     unit = torch.nn.functional.normalize

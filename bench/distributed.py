@@ -1,12 +1,12 @@
 """What a contrastive loss over many ranks costs each of them: FLOPs, bytes sent, memory.
 
-``python -m bench.distributed`` counts on gloo groups of 2 to 4 processes here, models up to 1,024 GPUs at a batch of 4M, writes
-``bench/results/distributed.json`` and ``.txt`` and draws ``distributed.png``; ``--figure`` does all but measure.
+`python -m bench.distributed` counts on gloo groups of 2 to 4 processes here, models up to 1,024 GPUs at a batch of 4M, writes
+`bench/results/distributed.json` and `.txt` and draws `distributed.png`; `--figure` does all but measure.
 
 Counted, not timed: matrix products by a dispatch mode; bytes at the calls of torch.distributed (a gathering sends each rank's
 part world - 1 times, as its ring algorithm does); peak resident memory over the inputs, each rank a fresh process. The model's
 rates are assumptions, printed with it: no GPU has run this. inf-cl runs on CUDA only: its rows are modelled, by the source of
-version 1.2.1 (``ring.py``, ``flash.py``), not measured.
+version 1.2.1 (`ring.py`, `flash.py`), not measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Peak memory of a training step with and without gradient caching: ``python -m bench.grad_cache`` (five minutes).
+"""Peak memory of a training step with and without gradient caching: `python -m bench.grad_cache` (five minutes).
 
-The demo's model (``ViT-Tiny-8-32px``, 7.6 M parameters) encodes a query, a title and an image a row; GCL's loss over the batch,
+The demo's model (`ViT-Tiny-8-32px`, 7.6 M parameters) encodes a query, a title and an image a row; GCL's loss over the batch,
 AdamW. Each figure comes from a fresh process, the peak over two steps of all that is resident, libraries and inputs included.
-Writes ``bench/results/grad_cache.json``.
+Writes `bench/results/grad_cache.json`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
 
 
 def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
-    """What ``oracle`` says, where it knows the case and finishes in reasonable time."""
+    """What `oracle` says, where it knows the case and finishes in reasonable time."""
     small = case.n * case.m <= ERROR_LOGITS.get(case.device, 2**26)
     if not (case.passes == "both" and case.fields == 1 and not case.ids and case.n <= case.m and small):
         return None
@@ -234,7 +234,7 @@ def print_memory_of(name: str, case: Case) -> None:
 def interleaved(
     tasks: dict[str, Callable[[], float]], turns: int
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """What each task returns, ``turns`` times, in turns after one warm-up, so that noise meets all alike. A task that fails, in
+    """What each task returns, `turns` times, in turns after one warm-up, so that noise meets all alike. A task that fails, in
     whatever turn, is out; the second result says why."""
     results: dict[str, list[float]] = {name: [] for name in tasks}
     failures: dict[str, Exception] = {}
@@ -262,7 +262,7 @@ FREED_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def in_fresh_process(module: str, *arguments: str) -> str:
-    """Last line that ``python -m module arguments`` prints."""
+    """Last line that `python -m module arguments` prints."""
     command = [sys.executable, "-m", module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **FREED_IS_FREED})
     if result.returncode:

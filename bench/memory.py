@@ -1,4 +1,4 @@
-"""Peak memory of a step on the CPU beside what ``gcl_kernels.plan`` predicts: ``python -m bench.memory`` (two minutes).
+"""Peak memory of a step on the CPU beside what `gcl_kernels.plan` predicts: `python -m bench.memory` (two minutes).
 
 Each figure comes from a fresh process: peak resident memory over what is resident once the inputs are there, less the gradients.
 """

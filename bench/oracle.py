@@ -1,6 +1,6 @@
 """The loss and its gradients in float64, from the formula, a chunk of rows at a time: an oracle that fits at N = 65,536.
 
-It shares nothing with the library; tests hold it against ``reference`` at small N.
+It shares nothing with the library; tests hold it against `reference` at small N.
 """
 
 from __future__ import annotations

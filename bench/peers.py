@@ -1,8 +1,8 @@
 """This library and what a user would pick instead, each called as its users call it.
 
-``peer(name)(case)`` returns a function of ``cases.Inputs`` that gives the loss, or raises :class:`Unsupported` with the reason,
-which is a result: it stands in the peer's cell. A name with a colon, ``module:function``, is anybody's
-``function(lhs, rhs, logit_scale)``.
+`peer(name)(case)` returns a function of `cases.Inputs` that gives the loss, or raises `Unsupported` with the reason,
+which is a result: it stands in the peer's cell. A name with a colon, `module:function`, is anybody's
+`function(lhs, rhs, logit_scale)`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def package(module: str) -> Any:
 
 
 def imported(load: Callable[[], Any]) -> Any:
-    """``load()``. A peer may fail to import in ways of its own; that is its result."""
+    """`load()`. A peer may fail to import in ways of its own; that is its result."""
     try:
         return load()
     except Exception as error:
@@ -90,7 +90,7 @@ def open_clip_compiled(case: Case) -> Loss:
 
 
 def dense(case: Case) -> Loss:
-    """The formula as it stands in ``reference``: what somebody who needs fields or ids would write."""
+    """The formula as it stands in `reference`: what somebody who needs fields or ids would write."""
     import reference
 
     return any_case(case, reference.gcl_loss)
@@ -101,7 +101,7 @@ def scaled(x: Inputs) -> Tensor:
 
 
 def both_directions(case: Case, one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """The mean of ``one`` (rows, columns, labels) by rows and by columns; or one of them."""
+    """The mean of `one` (rows, columns, labels) by rows and by columns; or one of them."""
     labels = torch.arange(case.n, device=case.device)
 
     def loss(x: Inputs) -> Tensor:
@@ -122,7 +122,7 @@ def as_rows(case: Case) -> None:
 
 
 def linear_cross_entropy(case: Case, *, chunked: bool = False) -> Loss:
-    """With the logits in memory, as it is by default; or ``chunked``."""
+    """With the logits in memory, as it is by default; or `chunked`."""
     as_rows(case)
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     chosen = getattr(torch.nn, "LinearCrossEntropyOptions", None)

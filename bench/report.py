@@ -1,6 +1,6 @@
-"""Tables and figures from result files: ``python -m bench.report``.
+"""Tables and figures from result files: `python -m bench.report`.
 
-Reads every ``bench/results/*.json`` that ``python -m bench`` wrote, draws a figure beside each, and writes ``bench/README.md``
+Reads every `bench/results/*.json` that `python -m bench` wrote, draws a figure beside each, and writes `bench/README.md`
 and the figures of the project's README. Nothing in them is typed by hand.
 """
 
@@ -132,13 +132,13 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
         "    make bench     # ours beside its peers, 5 minutes on 2 cores; then this page",
         "    make curves    # the scaling curves; a quarter of an hour on 2 cores",
         "    python -m bench --help", "",
-        "Ours and its peers take turns in one process, with a matrix product between them. Times are medians over turns, and "
-        "ratios are medians of each turn's ratio. A step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
+        "Ours and its peers take turns in one process, with a matrix product between them. A time is the median over turns; a "
+        "ratio is the median of each turn's ratio. A step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
         "least work without N x M memory: 8 N M D floating-point operations for both directions, 6 for one, 2 for a forward "
-        "alone. Ours does fewer on a CPU where its workspace holds exponentials from one pass to the next; the dense losses do "
-        "12. A rate above the GEMM's is therefore possible, because fewer operations were done than are counted; it is not the "
-        "speed of the products themselves. Extra memory is the peak over inputs and gradients, on a CPU in a fresh process. "
-        "Errors are relative to float64, by norm.",
+        "alone. On a CPU, ours does fewer if its workspace holds exponentials from the forward to the backward; the dense losses "
+        "do 12. A rate above the GEMM's is possible, because fewer operations were done than are counted; it is not the speed of "
+        "the products themselves. Extra memory is the peak over inputs and gradients; on a CPU it is measured in a fresh "
+        "process. Errors are relative to float64, by norm.",
         "",
     ]  # fmt: skip
     for name, result in results.items():
@@ -199,10 +199,10 @@ def readme_table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "*Work* is the number of floating-point operations in units of N²D: 6 if the workspace holds all exponentials from one "
-        "pass to the next, 8 if it holds none. *Of the GEMM rate* always counts 8 N²D, so it can exceed 100% where fewer were "
-        "needed. A step of over 20 seconds was measured once and has no rate."
-        + (f" At N = {' and '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
+        "*Work* is the number of floating-point operations in units of N²D: 6 if all exponentials fit the workspace, 8 if none "
+        "do. *Of the GEMM rate* always divides by 8 N²D, so it can exceed 100% where fewer were needed. A step of over 20 "
+        "seconds was measured once and has no rate."
+        + (f" At N = {', '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
     ]
     return "\n".join(lines)
 
@@ -260,7 +260,7 @@ def curve(axis, peer: str, x: Sequence[float], y: Sequence[float]) -> None:
 
 
 def floor(cells: Sequence[Cell], x: str, axis) -> None:
-    """The model's seconds, see ``FLOOR``."""
+    """The model's seconds, see `FLOOR`."""
     ours = [c for c in cells if c["peer"] == "ours"]
     seconds = [6 * c["n"] * c["m"] * c["d"] / (1e12 * c["gemm_tflops"]) for c in ours]
     axis.plot([c[x] for c in ours], seconds, ":", color="grey", label=FLOOR)

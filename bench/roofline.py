@@ -1,10 +1,10 @@
-"""A model of the time, from data sheets and counts: ``python -m bench.roofline --n 65536 --d 768 --dtype bf16 --chip h200``.
+"""A model of the time, from data sheets and counts: `python -m bench.roofline --n 65536 --d 768 --dtype bf16 --chip h200`.
 
 The floor of each phase of our plan, matrix products (GEMM), exponentials, device memory (HBM) and host work (launches), and what
 a step should take: overlapped (each phase as long as its slowest part) and serial (the sum of all parts). Beside it the same of
 each peer, whose operations were counted in its sources. Forward and backward of both directions.
 
-Ours is modelled in ``gcl_kernels.plan``, from the chunks and tiles that the backend really takes.
+Ours is modelled in `gcl_kernels.plan`, from the chunks and tiles that the backend really takes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINEAR_CROSS_ENTROPY_ROWS = 1024
 
 
 def compiled_dense(p: Problem, chip: Chip) -> Prediction:
-    """``open_clip.ClipLoss`` under torch.compile: products as before; log-softmax and loss in one pass that keeps the logits,
+    """`open_clip.ClipLoss` under torch.compile: products as before; log-softmax and loss in one pass that keeps the logits,
     their gradient in another."""
     copy, product = p.logits * p.s, 2 * p.logits * p.d
     phases = []
@@ -127,7 +127,7 @@ def floor(p: Problem, chip: Chip) -> float:
 
 
 def predictions(p: Problem, chip: Chip) -> dict[str, Any]:
-    """What ``report`` prints, for a file."""
+    """What `report` prints, for a file."""
     plans = {name: plan(p, chip) for name, plan in PLANS.items()}
     return {
         "model": LABEL,

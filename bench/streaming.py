@@ -1,4 +1,4 @@
-"""``python -m bench.streaming``: time and resident memory of reading millions of rows and drawing batches from them."""
+"""`python -m bench.streaming`: time and resident memory of reading millions of rows and drawing batches from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Microbenchmarks of the PyTorch backend: ``pytest bench/ --benchmark-save NAME``, then ``--benchmark-compare``.
+"""Microbenchmarks of the PyTorch backend: `pytest bench/ --benchmark-save NAME`, then `--benchmark-compare`.
 
 Tile shapes, workspace budgets, field aggregation. Times of two runs compare only on the same machine in the same state.
 """

@@ -1,4 +1,4 @@
-"""``python -m gcl_kernels.training``: see :mod:`gcl_kernels.training.train`."""
+"""`python -m gcl_kernels.training`: see `gcl_kernels.training.train`."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ class BatchStatistics:
 
     Args:
         rows: rows of a batch.
-        effective_rows: as many rows of equal weight would make as noisy a mean, :func:`effective_number`.
-        little_weight: share of the documents whose best pair weighs less than ``LITTLE`` of the mean.
-        floor: what the loss cannot go below, :func:`loss_floor`; 0 unless repeated ids are kept as negatives.
+        effective_rows: as many rows of equal weight would make as noisy a mean, `effective_number`.
+        little_weight: share of the documents whose best pair weighs less than `LITTLE` of the mean.
+        floor: what the loss cannot go below, `loss_floor`; 0 unless repeated ids are kept as negatives.
     """
 
     rows: float
@@ -35,7 +35,7 @@ class BatchStatistics:
 
 
 def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
-    """The statistics of the run that ``args``, of :func:`parse_args`, describe; its training file is read."""
+    """The statistics of the run that `args`, of `parse_args`, describe; its training file is read."""
     pairs = pair_file(args, args.train_data, check_images="none")
     scores, ids, sampler = training_rows(args, pairs)
     weigh = score_to_weight(args.score_to_weight, **weighting(args))
@@ -57,7 +57,7 @@ def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
 
 
 def effective_number(weights: Tensor) -> float:
-    """``(sum w)^2 / sum w^2`` of (N,) weights, Kish's effective sample size: N for equal weights, 1 where one has all."""
+    """`(sum w)^2 / sum w^2` of (N,) weights, Kish's effective sample size: N for equal weights, 1 where one has all."""
     return (weights.sum() ** 2 / weights.square().sum()).item()
 
 
@@ -73,8 +73,8 @@ def loss_floor(weights: Tensor, ids: Tensor) -> float:
 
         sum_j -w_ij log p_j,  sum_j c_j p_j = 1,  is least at  p_j = w_ij / (W_i c_j)
 
-    and likewise over columns; logits ``log w_ij - log c_i - log c_j`` reach both at once. The floor is the mean over the rows
-    of ``w/2 (log(W_i c_j / w_ij) + log(W_j c_i / w_ij))``.
+    and likewise over columns; logits `log w_ij - log c_i - log c_j` reach both at once. The floor is the mean over the rows
+    of `w/2 (log(W_i c_j / w_ij) + log(W_j c_i / w_ij))`.
     """
 
     def totals(values: Tensor, columns: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Checkpoints in open_clip's form, written so that a crash at any moment leaves the previous one whole.
 
-``{epoch, name, state_dict, optimizer, scaler}`` is what ``open_clip.create_model(pretrained=FILE)`` and open_clip's own
-trainer read; ``gcl_kernels`` beside them holds what an exact resume needs. Tensors and plain types only, so that
-``torch.load(weights_only=True)`` suffices.
+`{epoch, name, state_dict, optimizer, scaler}` is what `open_clip.create_model(pretrained=FILE)` and open_clip's own
+trainer read; `gcl_kernels` beside them holds what an exact resume needs. Tensors and plain types only, so that
+`torch.load(weights_only=True)` suffices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LATEST, BEST = "epoch_latest.pt", "best.pt"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint and let ``epoch_latest.pt`` beside it be the same file."""
+    """Write a checkpoint and let `epoch_latest.pt` beside it be the same file."""
     write_atomically(path, lambda new: torch.save(content, new))
     also(path, LATEST)
 
@@ -51,7 +51,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def keep_last(folder: Path, count: int) -> None:
-    """Delete all numbered checkpoints but the newest ``count``; 0 keeps all."""
+    """Delete all numbered checkpoints but the newest `count`; 0 keeps all."""
     for path in newest_first(folder)[count:] if count else ():
         path.unlink()
 
@@ -83,7 +83,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def find(resume: str, folder: Path) -> Iterator[Path]:
-    """The files to try for ``--resume``, best first: one, or with ``last-good`` all of the run's; none for a new run."""
+    """The files to try for `--resume`, best first: one, or with `last-good` all of the run's; none for a new run."""
     latest = folder / LATEST
     if resume == "latest":
         yield from [latest] if latest.exists() else []
@@ -94,10 +94,10 @@ def find(resume: str, folder: Path) -> Iterator[Path]:
 
 
 def resume(resume_from: str, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that ``--resume`` names, or None where a run has none yet.
+    """The checkpoint that `--resume` names, or None where a run has none yet.
 
     Raises:
-        InputError: as :func:`load`; with ``last-good`` only when none of them can be read.
+        InputError: as `load`; with `last-good` only when none of them can be read.
     """
     refused = []
     for path in find(resume_from, folder):

@@ -38,8 +38,8 @@ LINES_SHOWN = 10
 class Pairs:
     """N good rows of a file, in memory: a query, a document and a score each, as the cells were written.
 
-    ``left`` and ``right`` map each field to its N cells; "" is a missing value, and image cells are absolute paths.
-    ``bad_rows`` describes the first of the ``bad_count`` rows of the file that were skipped, one line each.
+    `left` and `right` map each field to its N cells; "" is a missing value, and image cells are absolute paths.
+    `bad_rows` describes the first of the `bad_count` rows of the file that were skipped, one line each.
     """
 
     path: Path
@@ -60,11 +60,11 @@ class Columns:
     """What the columns of a file of pairs mean.
 
     Args:
-        left, right: the columns of the query and of the document, each ``"txt"`` or ``"img"``. An image cell is a path,
+        left, right: the columns of the query and of the document, each `"txt"` or `"img"`. An image cell is a path,
             relative to the file's own folder.
         weight_key: the column of the score, a finite number >= 0; None: every score is 1.
         query_id_key, document_id_key: columns that identify query and document. Without them the id is made of the
-            side's own cells, each followed by ``KEY_END``.
+            side's own cells, each followed by `KEY_END`.
     """
 
     left: Mapping[str, str]
@@ -92,18 +92,18 @@ class Columns:
 class PairFile:
     """The N good rows of a file of pairs, read when they are asked for.
 
-    ``scores`` (N,) float64; ``query_numbers`` and ``document_numbers`` (N,) int64 >= 0, equal where the ids are (63 bits of
-    a hash: two of a hundred million ids meet with a chance of 1 in 2,000). ``bad_rows`` describes the first of the
-    ``bad_count`` rows that were skipped.
+    `scores` (N,) float64; `query_numbers` and `document_numbers` (N,) int64 >= 0, equal where the ids are (63 bits of
+    a hash: two of a hundred million ids meet with a chance of 1 in 2,000). `bad_rows` describes the first of the
+    `bad_count` rows that were skipped.
 
     Args:
         path: a UTF-8 CSV or TSV file with a header line, whose cells may be quoted and may hold line breaks, blank lines
             passed over; a Parquet file; or webdataset tar files: one, a pattern, or a folder of them. In a sample of those
-            a column is a key of the ``json`` member, else the member with that name as its ending (an image is read from
+            a column is a key of the `json` member, else the member with that name as its ending (an image is read from
             within the tar file when it is needed).
-        separator: one character; None is a tab for ``.tsv`` and a comma otherwise.
-        dataset_type: ``"csv"``, ``"parquet"``, ``"webdataset"``, or ``"auto"``, by the ending.
-        check_images: ``"decode"`` every image once, ask whether it ``"exists"``, or ``"none"``.
+        separator: one character; None is a tab for `.tsv` and a comma otherwise.
+        dataset_type: `"csv"`, `"parquet"`, `"webdataset"`, or `"auto"`, by the ending.
+        check_images: `"decode"` every image once, ask whether it `"exists"`, or `"none"`.
         skip_bad_rows: leave bad rows out instead of refusing the file.
 
     Raises:
@@ -211,7 +211,7 @@ def read_pairs(
     document_id_key: str | None = None,
     **options: Any,
 ) -> Pairs:
-    """All good rows of a file in memory; arguments and errors as in :class:`Columns` and :class:`PairFile`."""
+    """All good rows of a file in memory; arguments and errors as in `Columns` and `PairFile`."""
     return PairFile(path, Columns(left, right, weight_key, query_id_key, document_id_key), **options).take()
 
 
@@ -226,7 +226,7 @@ class _Object(dict):
 def read_documents(
     path: str | Path, fields: Mapping[str, str], *, check_images: str = "decode"
 ) -> dict[str, dict[str, str]]:
-    """Read document metadata, a JSON object ``{document id: {field: value}}``, keeping the named fields.
+    """Read document metadata, a JSON object `{document id: {field: value}}`, keeping the named fields.
 
     Image values become absolute paths; a field that a document lacks is "". Documents without any of the fields are
     kept: what to do with them is for the caller to say. Ids that come twice are counted in a printed line.
@@ -275,7 +275,7 @@ def read_documents(
 def load_image(path: str | Path) -> Image.Image:
     """Open an image as RGB; what is transparent becomes white, as on a page.
 
-    ``FILE.tar@OFFSET+SIZE`` is that part of an uncompressed tar file.
+    `FILE.tar@OFFSET+SIZE` is that part of an uncompressed tar file.
     """
     part = _TAR_PART.fullmatch(str(path))
     source: Any = path
@@ -308,7 +308,7 @@ def image_fault(path: str | Path) -> str | None:
 class ImageCheck:
     """Says what is wrong with an image file, looking at each once however many rows name it.
 
-    ``check``: ``"decode"`` it, ask whether it ``"exists"``, or ``"none"``.
+    `check`: `"decode"` it, ask whether it `"exists"`, or `"none"`.
     """
 
     def __init__(self, check: str = "decode") -> None:
@@ -334,7 +334,7 @@ _IMAGES_REMEMBERED = 200_000
 
 
 def shown(lines: list[str], count: int | None = None) -> list[str]:
-    """The first ``LINES_SHOWN`` lines, and one that counts the others of ``count`` in all."""
+    """The first `LINES_SHOWN` lines, and one that counts the others of `count` in all."""
     first = lines[:LINES_SHOWN]
     rest = (len(lines) if count is None else count) - len(first)
     return first if rest <= 0 else [*first, f"and {rest} more bad rows"]
@@ -446,7 +446,7 @@ Row = tuple[str, dict[str, str], str | None]
 
 
 def _copied(rows: Iterator[Row], file: IO[bytes]) -> Iterator[Record]:
-    """Write each row to ``file`` as CSV and say where."""
+    """Write each row to `file` as CSV and say where."""
     offset = 0
     for where, row, fault in rows:
         buffer = StringIO()
@@ -556,7 +556,7 @@ def _records(
 ) -> Iterator[tuple[int, int, int, list[str], str | None]]:
     """Yield (number of the first physical line, first byte, number of bytes, cells, fault) for each record.
 
-    Blank lines are passed over; ``offset`` is where the first line starts.
+    Blank lines are passed over; `offset` is where the first line starts.
 
     A stray quote opens a cell that takes in the following lines up to the next quote or the end of the file. Such a
     record costs only its first line: the lines after it are read again on their own. It is known by a cell that

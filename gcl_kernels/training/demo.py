@@ -1,4 +1,4 @@
-"""``python -m gcl_kernels.training.demo``: plain CLIP against GCL on glyphs, from nothing, offline, in minutes.
+"""`python -m gcl_kernels.training.demo`: plain CLIP against GCL on glyphs, from nothing, offline, in minutes.
 
 Builds the glyph set, trains the same small model twice from the same seed with the same batches, once with constant
 weights (plain CLIP) and once with the scores as weights (GCL), and shows what each has learnt to rank.
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(glyphs: GlyphSet, evaluations: dict[str, dict[str, Evaluation]], path: Path) -> None:
-    """Draw the first ranks of some queries of each split, ``evaluations[split][run]``, with the grade under each glyph.
+    """Draw the first ranks of some queries of each split, `evaluations[split][run]`, with the grade under each glyph.
 
     The queries are the first of each split, in the set's own random order, that have ten documents with all words or
     the same base letter (with fewer, a perfect ranking has little to show) and that no split before has shown.

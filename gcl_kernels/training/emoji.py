@@ -4,7 +4,7 @@
         --names data-by-emoji.json --out emoji
 
 A document is an emoji: its image and, for a random half, its name (the others have a missing field). A query is a keyword
-that people gave to several emoji. Relevance is **derived**: the grade is ``max(1, 100 - 9 * position)`` by the position of
+that people gave to several emoji. Relevance is **derived**: the grade is `max(1, 100 - 9 * position)` by the position of
 the keyword in the emoji's own list, as a shop's search log grades by the position in its result; no person judged it.
 """
 
@@ -26,12 +26,12 @@ FEWEST, MOST = 4, 60
 def write(
     images: str | Path, keywords: str | Path, names: str | Path, folder: str | Path, *, seed: int = 0
 ) -> dict[str, tuple[Path, Path]]:
-    """Write the four test sets, the same for the same seed; see :func:`gcl_kernels.training.splits.write_splits`.
+    """Write the four test sets, the same for the same seed; see `gcl_kernels.training.splits.write_splits`.
 
     Args:
-        images: folder of noto-emoji's ``emoji_u<code points>.png``; they are named in the files, not copied.
-        keywords: emojilib's ``emoji-en-US.json``, ``{emoji: [keyword]}``, best first.
-        names: unicode-emoji-json's ``data-by-emoji.json``, ``{emoji: {"name": ...}}``.
+        images: folder of noto-emoji's `emoji_u<code points>.png`; they are named in the files, not copied.
+        keywords: emojilib's `emoji-en-US.json`, `{emoji: [keyword]}`, best first.
+        names: unicode-emoji-json's `data-by-emoji.json`, `{emoji: {"name": ...}}`.
 
     A fifth of the queries and a half of the documents are novel.
     """

@@ -19,13 +19,13 @@ TEXTS_KEPT = 200_000
 """Texts whose token ids are kept in memory, some 100 MB."""
 
 Inputs = dict[str, tuple[Tensor, Tensor | None]]
-"""``{field: (V inputs of the encoder, the place among them of each of N rows)}``; no places: V is N, row by row."""
+"""`{field: (V inputs of the encoder, the place among them of each of N rows)}`; no places: V is N, row by row."""
 
 
 class TwoTower(nn.Module):
-    """An open_clip model whose ``forward`` encodes every field of both sides, as DistributedDataParallel wants it.
+    """An open_clip model whose `forward` encodes every field of both sides, as DistributedDataParallel wants it.
 
-    ``forward(left, right, ...)`` of ``Inputs`` returns the same mapping of ``{field: (N, D)}``, not normalised, and the
+    `forward(left, right, ...)` of `Inputs` returns the same mapping of `{field: (N, D)}`, not normalised, and the
     logit scale, 0-d, last. What a field is follows from its shape: token ids are (V, context), images (V, 3, H, W).
     """
 
@@ -48,8 +48,8 @@ class TwoTower(nn.Module):
 class FieldEncoder:
     """Turns cells into inputs of an open_clip model, and into embeddings.
 
-    Token ids are kept for ``TEXTS_KEPT`` texts and preprocessed images up to ``CACHE_BYTES``. An image that cannot be read is
-    a missing value; ``lost`` holds the paths of those met so far.
+    Token ids are kept for `TEXTS_KEPT` texts and preprocessed images up to `CACHE_BYTES`. An image that cannot be read is
+    a missing value; `lost` holds the paths of those met so far.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class FieldEncoder:
     def __call__(
         self, fields: Mapping[str, Sequence[str]], kinds: Mapping[str, str]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Encode N rows given as ``{field: N cells}`` with ``kinds`` ``{field: "txt" or "img"}``.
+        """Encode N rows given as `{field: N cells}` with `kinds` `{field: "txt" or "img"}`.
 
-        Returns ``{field: (N, D)}``, not normalised, and the mask (N, F), bool, of the values that are there. A missing
+        Returns `{field: (N, D)}`, not normalised, and the mask (N, F), bool, of the values that are there. A missing
         value "" has an embedding too, of no meaning: the mask must go wherever the embeddings go.
         """
         inputs, mask = self.prepare(fields, kinds)
@@ -86,9 +86,9 @@ class FieldEncoder:
     def prepare(
         self, fields: Mapping[str, Sequence[str]], kinds: Mapping[str, str], *, distinct: bool = True
     ) -> tuple[Inputs, Tensor]:
-        """The inputs of :class:`TwoTower` for N rows and the mask (N, F), all on the CPU.
+        """The inputs of `TwoTower` for N rows and the mask (N, F), all on the CPU.
 
-        With ``distinct`` each distinct value is there once, beside its places; without, there is one for each row, so that
+        With `distinct` each distinct value is there once, beside its places; without, there is one for each row, so that
         the rows can be cut into micro-batches.
         """
         inputs: Inputs = {}

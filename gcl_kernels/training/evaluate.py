@@ -1,4 +1,4 @@
-"""``python -m gcl_kernels.training.evaluate``: evaluate a model on files in the GCL authors' formats, with their flags.
+"""`python -m gcl_kernels.training.evaluate`: evaluate a model on files in the GCL authors' formats, with their flags.
 
     python -m gcl_kernels.training.evaluate --test_csv query_1_product_id_1.csv --doc-meta corpus_2.json \\
         --model_name ViT-B-32 --pretrained model.pt --weight_key score_linear --left-keys "['query']" \\
@@ -6,7 +6,7 @@
         --context-length "[[77], [0, 77]]" --output-dir results
 
 Writes into the output directory: output.json and output.csv (means), per_query.csv, gt_results.json, retrieval.json,
-features.pt, and examples.json for :mod:`gcl_kernels.training.report`.
+features.pt, and examples.json for `gcl_kernels.training.report`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ EXAMPLES, EXAMPLE_DOCUMENTS = 12, 8
 
 
 def write_retrieval(path: Path, evaluation: Evaluation) -> None:
-    """``{query: {document: score}}``, best first, a query in memory at a time."""
+    """`{query: {document: score}}`, best first, a query in memory at a time."""
     assert evaluation.scores is not None
     rows = zip(evaluation.query_ids, evaluation.ranking, evaluation.scores, strict=True)
 
@@ -130,7 +130,7 @@ def write_per_query(path: Path, evaluation: Evaluation) -> None:
 
 
 def read_per_query(path: Path) -> dict[str, dict[str, float]]:
-    """``{query: {metric: value}}`` of a per_query.csv."""
+    """`{query: {metric: value}}` of a per_query.csv."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return {

@@ -4,12 +4,12 @@
     python -m gcl_kernels.training.experiments --data chorus=DIR \\
         --compare log log+false-negatives=avoid log+false-negatives=keep
 
-A variant is a score-to-weight function and, each after a ``+``, options of the training command. The first of a comparison
-is its baseline: by default ``constant``, which is plain cross-entropy, against every function.
+A variant is a score-to-weight function and, each after a `+`, options of the training command. The first of a comparison
+is its baseline: by default `constant`, which is plain cross-entropy, against every function.
 
 Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json exists is not run
 again, so that the command can be stopped and repeated (one that ran with other options is refused). Runs of one seed
-differ in the variant alone: same data, initial weights, batches and steps. ``--report FILE`` writes the tables of what
+differ in the variant alone: same data, initial weights, batches and steps. `--report FILE` writes the tables of what
 there is, in Markdown.
 """
 
@@ -46,10 +46,10 @@ BEGIN, END = "<!-- experiments -->", "<!-- end experiments -->"
 """What stands between these lines of a report is written anew; what stands around them stays."""
 
 Files = dict[str, tuple[Path, Path]]
-"""``{split: (pairs, corpus)}``."""
+"""`{split: (pairs, corpus)}`."""
 
 Cells = dict[int, dict[str, dict[str, float]]]
-"""``{seed: {query: {metric: value}}}`` of a variant on one test set."""
+"""`{seed: {query: {metric: value}}}` of a variant on one test set."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ DATA = {
 
 
 def parse_data(text: str) -> tuple[str, Path | None]:
-    """``NAME`` or ``NAME=DIR``."""
+    """`NAME` or `NAME=DIR`."""
     name, _, folder = text.partition("=")
     if name not in DATA:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DATA)}, got {name}")
@@ -144,13 +144,13 @@ def parse_data(text: str) -> tuple[str, Path | None]:
 
 
 def options_of(variant: str) -> list[str]:
-    """``log+min-score=1`` as options of the training command."""
+    """`log+min-score=1` as options of the training command."""
     function, *options = variant.split("+")
     return [f"--score-to-weight={function}", *(f"--{option}" for option in options)]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of ``python -m gcl_kernels.training.experiments``; what it does not know goes to every run."""
+    """The command line of `python -m gcl_kernels.training.experiments`; what it does not know goes to every run."""
     parser = argparse.ArgumentParser(
         prog="python -m gcl_kernels.training.experiments", description="Variants of a training run on several data sets; "
         "further options (--steps=200, ...) go to every training run", allow_abbrev=False,
@@ -327,7 +327,7 @@ def comparison_lines(args: argparse.Namespace, files: Mapping[str, Files], compa
 
 
 def read_cells(args: argparse.Namespace, name: str, variant: str) -> dict[int, dict]:
-    """``{seed: results.json}`` of the cells that are there."""
+    """`{seed: results.json}` of the cells that are there."""
     paths = {seed: results_file(args.out, name, variant, seed) for seed in range(args.seeds)}
     return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
@@ -344,7 +344,7 @@ def of_test(results: Mapping[int, dict], test: Path) -> Cells:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant beside the baseline on one test set, by the first metric of each query, averaged over ``seeds``.
+    """A variant beside the baseline on one test set, by the first metric of each query, averaged over `seeds`.
 
     Args:
         seeds: those that both have.

@@ -46,7 +46,7 @@ _MOST_LOW = 4
 
 @dataclass(frozen=True)
 class Glyph:
-    """One document: ``words`` are those of its name that count; ``named`` says whether the name is given to the model."""
+    """One document: `words` are those of its name that count; `named` says whether the name is given to the model."""
 
     character: str
     name: str
@@ -64,7 +64,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Query:
-    """Words of names and the grades of the judged documents, ``{position in GlyphSet.documents: grade}``."""
+    """Words of names and the grades of the judged documents, `{position in GlyphSet.documents: grade}`."""
 
     text: str
     grades: dict[int, int]
@@ -73,15 +73,15 @@ class Query:
 
 @dataclass(frozen=True)
 class GlyphSet:
-    """The whole set; ``novel`` on a document or query says that it is not in the training set."""
+    """The whole set; `novel` on a document or query says that it is not in the training set."""
 
     documents: list[Glyph]
     queries: list[Query]
 
     def write(self, folder: str | Path) -> dict[str, tuple[Path, Path]]:
-        """Write the images, and for each of ``SPLITS`` the pairs as CSV and the corpus as JSON.
+        """Write the images, and for each of `SPLITS` the pairs as CSV and the corpus as JSON.
 
-        Returns ``{split: (CSV, JSON)}``. The columns are query, document, title, image and score.
+        Returns `{split: (CSV, JSON)}`. The columns are query, document, title, image and score.
         """
         folder = Path(folder)
         (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class GlyphSet:
 
 
 def build(*, queries: int = 1000, documents: int | None = None, seed: int = 0) -> GlyphSet:
-    """Build the set: up to ``queries`` queries over up to ``documents`` documents (None: all), the same for the same seed.
+    """Build the set: up to `queries` queries over up to `documents` documents (None: all), the same for the same seed.
 
     A fifth of the queries and a half of the documents are novel.
     """
@@ -179,7 +179,7 @@ def _positions(glyphs: list[Glyph], keys: Callable[[Glyph], Iterable[str]]) -> d
 def grade(query: str, target: Glyph, base: str | None, document: Glyph) -> int:
     """The derived relevance of a document, by the table at the head of this module; 0 when no line holds.
 
-    ``base`` is the base letter that the query names, None when it names none.
+    `base` is the base letter that the query names, None when it names none.
     """
     words = frozenset(query.split())
     if words <= document.words:
@@ -225,7 +225,7 @@ def glyph_characters() -> list[str]:
 
 
 def render(character: str, size: int = IMAGE_SIZE) -> Image.Image:
-    """The glyph in black on white, centred, ``size`` x ``size`` pixels; made smaller when it would not fit."""
+    """The glyph in black on white, centred, `size` x `size` pixels; made smaller when it would not fit."""
     # Basic layout: what the text-shaping library of a machine does must not change the set.
     for points in (round(size * 0.8), round(size * 0.55), round(size * 0.35), round(size * 0.2)):
         font = _font(points)

@@ -15,7 +15,7 @@ from gcl_kernels.training.ranking import grades_of, minmax_grades
 
 
 def ground_truth(args: argparse.Namespace, pairs: Pairs) -> dict[str, dict[str, int]]:
-    """The grades given in a file, or those of the pairs, of ``--top-q`` queries and their ``--top-k`` best documents."""
+    """The grades given in a file, or those of the pairs, of `--top-q` queries and their `--top-k` best documents."""
     path: Path = args.gt_results_path
     if path.exists():
         grades = read_grades(path)
@@ -42,9 +42,9 @@ def ground_truth(args: argparse.Namespace, pairs: Pairs) -> dict[str, dict[str, 
 
 
 def draw_queries(weight: Mapping[str, float], count: int) -> list[str]:
-    """``count`` of the queries, drawn by weight without replacement; all of them where ``count`` is -1 or they are fewer.
+    """`count` of the queries, drawn by weight without replacement; all of them where `count` is -1 or they are fewer.
 
-    The draw is the authors': pandas' ``sample(n=count, weights=..., random_state=1)`` from queries in alphabetical order.
+    The draw is the authors': pandas' `sample(n=count, weights=..., random_state=1)` from queries in alphabetical order.
     """
     queries = sorted(weight)
     if count < 0 or count >= len(queries):
@@ -55,7 +55,7 @@ def draw_queries(weight: Mapping[str, float], count: int) -> list[str]:
 
 
 def read_grades(path: Path) -> dict[str, dict[str, int]]:
-    """A ground-truth file ``{query: {document: whole grade >= 0}}``."""
+    """A ground-truth file `{query: {document: whole grade >= 0}}`."""
     content = read_json(path)
     if not isinstance(content, dict) or not all(
         isinstance(of_query, dict)

@@ -6,7 +6,7 @@ Every function takes
     judged  (Q, J)  every grade of the query's judged documents in any order, padded with 0
 
 both >= 0 on one device, and returns a (Q,) float64 tensor with values in [0, 1]. A query without a positive grade
-scores 0. How equal scores are ordered is the ranking's business: see :func:`gcl_kernels.training.ranking.search`.
+scores 0. How equal scores are ordered is the ranking's business: see `gcl_kernels.training.ranking.search`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 NAMES = ("NDCG@10", "ERR", "RBP.7", "RBP.8", "RBP.9", "AP", "RR", "recall@10")
-"""What :func:`all_metrics` computes."""
+"""What `all_metrics` computes."""
 
 
 def ndcg(gains: Tensor, judged: Tensor, k: int = 10) -> Tensor:
-    """NDCG@k with linear gain: ``sum_r gain_r / log2(r + 1)`` over the first k ranks, over the same for the ideal order.
+    """NDCG@k with linear gain: `sum_r gain_r / log2(r + 1)` over the first k ranks, over the same for the ideal order.
 
-    This is trec_eval's ``ndcg_cut`` (Järvelin and Kekäläinen, TOIS 2002).
+    This is trec_eval's `ndcg_cut` (Järvelin and Kekäläinen, TOIS 2002).
     """
     dcg = _dcg(gains[:, :k])
     ideal = _dcg(judged.sort(dim=1, descending=True).values[:, :k])
@@ -29,10 +29,10 @@ def ndcg(gains: Tensor, judged: Tensor, k: int = 10) -> Tensor:
 
 
 def err(gains: Tensor, judged: Tensor) -> Tensor:
-    """Expected reciprocal rank over all K ranks: ``sum_r R_r / r * prod_{s<r} (1 - R_s)``.
+    """Expected reciprocal rank over all K ranks: `sum_r R_r / r * prod_{s<r} (1 - R_s)`.
 
-    ``R_r = (2^gain_r - 1) / 2^max``, with the query's own largest judged grade as ``max`` (Chapelle et al., CIKM 2009).
-    It is computed as ``2^(gain - max) - 2^(-max)``, which cannot overflow.
+    `R_r = (2^gain_r - 1) / 2^max`, with the query's own largest judged grade as `max` (Chapelle et al., CIKM 2009).
+    It is computed as `2^(gain - max) - 2^(-max)`, which cannot overflow.
     """
     gains, most = gains.double(), _largest(judged)
     stop = torch.exp2(gains - most) - torch.exp2(-most)
@@ -42,9 +42,9 @@ def err(gains: Tensor, judged: Tensor) -> Tensor:
 
 
 def rbp(gains: Tensor, judged: Tensor, p: float = 0.9) -> Tensor:
-    """Rank-biased precision over all K ranks: ``(1 - p) * sum_r gain_r / max * p^(r - 1)``.
+    """Rank-biased precision over all K ranks: `(1 - p) * sum_r gain_r / max * p^(r - 1)`.
 
-    ``max`` is the query's own largest judged grade; ``p`` in (0, 1) is the chance that the reader goes on to the next
+    `max` is the query's own largest judged grade; `p` in (0, 1) is the chance that the reader goes on to the next
     rank (Moffat and Zobel, TOIS 2008). The best ranking of few relevant documents scores below 1.
     """
     if not 0 < p < 1:
@@ -57,7 +57,7 @@ def rbp(gains: Tensor, judged: Tensor, p: float = 0.9) -> Tensor:
 def average_precision(gains: Tensor, judged: Tensor, k: int | None = None) -> Tensor:
     """Mean of the precision at each relevant rank, over the number of relevant documents; relevant is a gain > 0.
 
-    ``k``: only the first k ranks, trec_eval's ``map_cut``.
+    `k`: only the first k ranks, trec_eval's `map_cut`.
     """
     hits = (gains[:, :k] > 0).double()
     precision = hits.cumsum(dim=1) / _ranks(hits)
@@ -65,14 +65,14 @@ def average_precision(gains: Tensor, judged: Tensor, k: int | None = None) -> Te
 
 
 def reciprocal_rank(gains: Tensor, judged: Tensor) -> Tensor:
-    """One over the rank of the first document with a gain > 0, 0 when there is none. ``judged`` is not needed."""
+    """One over the rank of the first document with a gain > 0, 0 when there is none. `judged` is not needed."""
     hits = (gains > 0).double()
     first = hits * (hits.cumsum(dim=1) == 1)
     return (first / _ranks(hits)).sum(dim=1)
 
 
 def precision(gains: Tensor, judged: Tensor, k: int = 10) -> Tensor:
-    """Share of the first k ranks that hold a gain > 0, of k even where fewer are ranked. ``judged`` is not needed."""
+    """Share of the first k ranks that hold a gain > 0, of k even where fewer are ranked. `judged` is not needed."""
     return (gains[:, :k] > 0).double().sum(dim=1) / k
 
 

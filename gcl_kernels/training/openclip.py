@@ -70,8 +70,8 @@ def create_model(
     """Make any open_clip model by name, with the tokenizer and the image preprocessing that belong to it.
 
     Args:
-        name: a name from ``open_clip.list_models()`` (``TINY_MODEL`` is among them), open_clip's ``local-dir:PATH``, or the
-            path of a model configuration of one's own, ``NAME.json``, that may name a Hugging Face text tower.
+        name: a name from `open_clip.list_models()` (`TINY_MODEL` is among them), open_clip's `local-dir:PATH`, or the
+            path of a model configuration of one's own, `NAME.json`, that may name a Hugging Face text tower.
         pretrained: open_clip's tag or a checkpoint file; None gives random weights from torch's global seed.
         context_length: number of text tokens, when it should differ from the model's own.
         device: where the model lives.

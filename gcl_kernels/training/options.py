@@ -1,4 +1,4 @@
-"""The command line of ``python -m gcl_kernels.training``, and options from a YAML file.
+"""The command line of `python -m gcl_kernels.training`, and options from a YAML file.
 
 Flags that mean what they mean in open_clip bear open_clip's names; those of GCL bear Marqtune's.
 """
@@ -20,7 +20,7 @@ from gcl_kernels.training.openclip import TINY_MODEL
 
 
 def parse_list(text: str) -> list[Any]:
-    """A Python literal list, or values separated by commas: ``"['title', 'image']"`` or ``title,image``."""
+    """A Python literal list, or values separated by commas: `"['title', 'image']"` or `title,image`."""
     text = text.strip()
     if text[:1] in ("[", "("):
         try:
@@ -43,7 +43,7 @@ def parse_weights(text: str) -> list[float]:
 
 
 def parse_kinds(text: str) -> list[list[str]]:
-    """``"[['txt'], ['txt', 'img']]"`` or ``"txt;txt,img"``: the kinds of the left fields, then of the right ones."""
+    """`"[['txt'], ['txt', 'img']]"` or `"txt;txt,img"`: the kinds of the left fields, then of the right ones."""
     kinds = parse_list(text) if text.strip()[:1] in ("[", "(") else [parse_list(side) for side in text.split(";")]
     if len(kinds) != 2 or not all(isinstance(side, (list, tuple)) and set(side) <= {"txt", "img"} for side in kinds):
         raise argparse.ArgumentTypeError(f"expected two lists of 'txt' and 'img', got {text}")
@@ -51,7 +51,7 @@ def parse_kinds(text: str) -> list[list[str]]:
 
 
 def parse_knots(text: str) -> list[list[float]]:
-    """``1:0.1,50:1,100:5`` or ``"[[1, 0.1], [50, 1], [100, 5]]"``: scores and their weights."""
+    """`1:0.1,50:1,100:5` or `"[[1, 0.1], [50, 1], [100, 5]]"`: scores and their weights."""
     try:
         pairs = [knot.split(":") if isinstance(knot, str) else knot for knot in parse_list(text)]
         return [[float(score), float(weight)] for score, weight in pairs]
@@ -125,7 +125,7 @@ def config_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of ``python -m gcl_kernels.training``."""
+    """The command line of `python -m gcl_kernels.training`."""
     parser = argparse.ArgumentParser(
         prog="python -m gcl_kernels.training", description="Train an open_clip model on (query, document, score) rows with GCL.",
         formatter_class=_Help,
@@ -293,7 +293,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def weighting(args: argparse.Namespace) -> dict[str, Any]:
-    """What goes with ``args.score_to_weight`` to :func:`gcl_kernels.score_to_weight`, for scores as the run scales them."""
+    """What goes with `args.score_to_weight` to `gcl_kernels.score_to_weight`, for scores as the run scales them."""
     return {
         "s_max": args.s_max if args.score_scaling == "none" else 100.0,
         "knots": args.knots,

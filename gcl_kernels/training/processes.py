@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank among ``world``, its device, and the group of all, None for one process."""
+    """This process's rank among `world`, its device, and the group of all, None for one process."""
 
     rank: int
     world: int

@@ -22,9 +22,9 @@ from gcl_kernels.training.metrics import all_metrics
 class Evaluation:
     """The ranking of every query and how good it is.
 
-    ``ranking`` (Q, K) holds positions in ``document_ids``, best first; ``gains`` (Q, K) the grades of those documents,
-    0 where not judged; ``judged`` (Q, J) every grade of a query, padded with 0; ``holes`` (Q, K) bool, documents that were
-    judged for no query at all; ``scores`` (Q, K) the similarities; ``per_query`` the metrics, (Q,) each; ``means`` their means.
+    `ranking` (Q, K) holds positions in `document_ids`, best first; `gains` (Q, K) the grades of those documents,
+    0 where not judged; `judged` (Q, J) every grade of a query, padded with 0; `holes` (Q, K) bool, documents that were
+    judged for no query at all; `scores` (Q, K) the similarities; `per_query` the metrics, (Q,) each; `means` their means.
     """
 
     query_ids: list[str]
@@ -38,7 +38,7 @@ class Evaluation:
     scores: Tensor | None = None
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """The metrics of each query, ``{query id: {metric: value}}``."""
+        """The metrics of each query, `{query id: {metric: value}}`."""
         columns = {name: values.tolist() for name, values in self.per_query.items()}
         return {
             query: {name: values[row] for name, values in columns.items()} for row, query in enumerate(self.query_ids)
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def minmax_grades(scores: Sequence[float]) -> list[int]:
-    """The grades 1 to 100 of the GCL protocol: ``int((s - min) / (max - min) * 99 + 1)``, or all 1 for one single score.
+    """The grades 1 to 100 of the GCL protocol: `int((s - min) / (max - min) * 99 + 1)`, or all 1 for one single score.
 
     The lowest score given gets 1, not 0: 0 is for documents that nobody judged.
     """
@@ -54,7 +54,7 @@ def minmax_grades(scores: Sequence[float]) -> list[int]:
 
 
 def minmax(scores: Tensor) -> Tensor:
-    """:func:`minmax_grades` of a float64 tensor, as int64."""
+    """`minmax_grades` of a float64 tensor, as int64."""
     low, high = scores.min(), scores.max()
     if low == high:
         return torch.ones_like(scores, dtype=torch.int64)
@@ -70,11 +70,11 @@ def embed(
     *,
     batch_size: int = 512,
 ) -> Tensor:
-    """Embed one side, batch by batch: encode each field, then :func:`gcl_kernels.aggregate_fields`.
+    """Embed one side, batch by batch: encode each field, then `gcl_kernels.aggregate_fields`.
 
     Args:
-        fields: ``{field: N cells}``; a row needs at least one value.
-        kinds, weights: ``{field: "txt" or "img"}`` and ``{field: weight}``.
+        fields: `{field: N cells}`; a row needs at least one value.
+        kinds, weights: `{field: "txt" or "img"}` and `{field: weight}`.
 
     Returns:
         (N, D) of unit length, float32.
@@ -96,8 +96,8 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """Exact search by inner product: positions and scores of the k best documents of each query, (Q, min(k, M)) each.
 
-    Best first; equal scores are ordered by position. queries (Q, D) and documents (M, D) are finite. At most ``query_chunk`` x
-    (k + ``document_chunk``) scores exist at a time, never Q x M.
+    Best first; equal scores are ordered by position. queries (Q, D) and documents (M, D) are finite. At most `query_chunk` x
+    (k + `document_chunk`) scores exist at a time, never Q x M.
     """
     if not (queries.isfinite().all() and documents.isfinite().all()):
         raise ValueError("expected finite embeddings, got NaN or infinity: training has probably diverged")
@@ -119,7 +119,7 @@ def search(
 
 
 Side = tuple[Mapping[str, str], Mapping[str, float]]
-"""(kinds, weights) of the fields of a side: ``{field: "txt" or "img"}`` and ``{field: weight}``."""
+"""(kinds, weights) of the fields of a side: `{field: "txt" or "img"}` and `{field: weight}`."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Corpus:
 def embed_corpus(
     encoder: FieldEncoder, documents: Mapping[str, Mapping[str, str]], right: Side, *, batch_size: int = 512
 ) -> Corpus:
-    """Embed documents ``{id: {field: value}}``. One without any value cannot be embedded, and so cannot be found."""
+    """Embed documents `{id: {field: value}}`. One without any value cannot be embedded, and so cannot be found."""
     document_ids = [identity for identity, values in documents.items() if any(values[key] for key in right[0])]
     if not document_ids:
         raise DataError(f"expected a document with a value in one of {list(right[0])}, got none among {len(documents)}")
@@ -149,12 +149,12 @@ def embed_corpus(
 def evaluate(
     encoder: FieldEncoder, pairs: Pairs, corpus: Corpus, left: Side, *, top_k: int = 1000, batch_size: int = 512
 ) -> Evaluation:
-    """Rank a corpus for the queries of ``pairs`` and grade the rankings.
+    """Rank a corpus for the queries of `pairs` and grade the rankings.
 
     Args:
-        pairs: the judged pairs; their scores become grades by :func:`minmax_grades`, over the whole file. Of a pair
+        pairs: the judged pairs; their scores become grades by `minmax_grades`, over the whole file. Of a pair
             that occurs twice the last score counts.
-        corpus: see :func:`embed_corpus`; for the documents of ``pairs`` themselves, of :func:`corpus_of`.
+        corpus: see `embed_corpus`; for the documents of `pairs` themselves, of `corpus_of`.
     """
     query_rows = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
     query_ids = sorted(query_rows, key=query_rows.__getitem__)
@@ -181,7 +181,7 @@ def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> No
 
 
 def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:
-    """The documents of the pairs themselves, ``{id: {field: value}}``, in the order of their first row."""
+    """The documents of the pairs themselves, `{id: {field: value}}`, in the order of their first row."""
     corpus: dict[str, dict[str, str]] = {}
     for row, identity in enumerate(pairs.document_ids):
         if identity not in corpus:
@@ -190,11 +190,11 @@ def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:
 
 
 Grades = Mapping[str, Mapping[str, int]]
-"""``{query id: {document id: grade}}``, the ground truth."""
+"""`{query id: {document id: grade}}`, the ground truth."""
 
 
 def grades_of(pairs: Pairs, query_ids: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The ground truth of pairs for some of their queries: :func:`minmax_grades` over the whole file."""
+    """The ground truth of pairs for some of their queries: `minmax_grades` over the whole file."""
     grades: dict[str, dict[str, int]] = {identity: {} for identity in query_ids}
     for query, document, gain in zip(pairs.query_ids, pairs.document_ids, minmax_grades(pairs.scores), strict=True):
         if query in grades:
@@ -207,7 +207,7 @@ NOTHING = ""
 
 
 def grade(grades: Grades, document_ids: list[str], ranking: Tensor, scores: Tensor | None = None) -> Evaluation:
-    """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in :class:`Evaluation`."""
+    """Look up the grade of every ranked document and compute all metrics; ranking (Q, K) as in `Evaluation`."""
     gains = torch.tensor(
         [
             [of_query.get(document_ids[position], 0) for position in positions]

@@ -1,8 +1,8 @@
-"""``python -m gcl_kernels.training.report``: one picture of one or more evaluated runs.
+"""`python -m gcl_kernels.training.report`: one picture of one or more evaluated runs.
 
     python -m gcl_kernels.training.report --runs results/clip results/gcl --training logs/clip logs/gcl --out report.png
 
-Shows, of output directories of ``gcl_kernels.training.evaluate``: every metric with its 95% interval; of the first two runs
+Shows, of output directories of `gcl_kernels.training.evaluate`: every metric with its 95% interval; of the first two runs
 each query's difference, worst to best; learning curves of training folders; and what some queries retrieve, with images and
 grades.
 """

@@ -12,10 +12,10 @@ WINDOW = 16
 
 
 class Sampler:
-    """Batches of ``rows`` in a new random order every epoch, for ever; ``epoch`` and ``batch`` say which comes next.
+    """Batches of `rows` in a new random order every epoch, for ever; `epoch` and `batch` say which comes next.
 
     Args:
-        rows: (R,) int64, the rows to draw from; ``batch_size`` is at most R.
+        rows: (R,) int64, the rows to draw from; `batch_size` is at most R.
         least: batches of fewer rows are left out.
         ids: (R, K) int64. Given, no two rows of a batch have an equal id in any column; a batch that finds no further row
             ends short. None: the last rows of an epoch, too few for a batch, wait for another epoch.
@@ -31,7 +31,7 @@ class Sampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Of the present epoch; the same for all epochs unless ``ids`` were given."""
+        """Of the present epoch; the same for all epochs unless `ids` were given."""
         return len(self._plan)
 
     @property
@@ -53,7 +53,7 @@ class Sampler:
         return self.rows[self._plan[self.batch - 1]]
 
     def _batches(self, epoch: int) -> list[Tensor]:
-        """The places in ``rows`` of every batch of an epoch."""
+        """The places in `rows` of every batch of an epoch."""
         # The generator of a CPU looks at the low 32 bits alone.
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**32)
         order = torch.randperm(len(self.rows), generator=generator)

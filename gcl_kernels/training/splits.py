@@ -27,7 +27,7 @@ AUTHORS_FILES = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A query, the grades of its judged documents ``{document id: grade}``, and whether training does not see it."""
+    """A query, the grades of its judged documents `{document id: grade}`, and whether training does not see it."""
 
     text: str
     grades: Mapping[str, int]
@@ -37,15 +37,15 @@ class Judged:
 def write_splits(
     folder: str | Path, documents: Mapping[str, Mapping[str, str]], novel: Iterable[str], queries: Iterable[Judged]
 ) -> dict[str, tuple[Path, Path]]:
-    """Write, for each of ``SPLITS``, the pairs as CSV and the corpus as JSON.
+    """Write, for each of `SPLITS`, the pairs as CSV and the corpus as JSON.
 
     Args:
-        documents: ``{id: {field: value}}``, every document with the same fields.
+        documents: `{id: {field: value}}`, every document with the same fields.
         novel: ids of the documents that training does not see.
         queries: in any number; those of a split are written in this order.
 
     Returns:
-        ``{split: (CSV, JSON)}``. The columns are query, document, the documents' fields and score.
+        `{split: (CSV, JSON)}`. The columns are query, document, the documents' fields and score.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

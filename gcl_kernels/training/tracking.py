@@ -9,10 +9,10 @@ from gcl_kernels.training.errors import InputError
 
 
 class Tracker:
-    """Sends numbers to each of ``names``, a comma between them: tensorboard, wandb; "" is none.
+    """Sends numbers to each of `names`, a comma between them: tensorboard, wandb; "" is none.
 
-    A run that goes on from ``step`` goes on with its curves: TensorBoard's replace what was logged after that step, those of
-    Weights & Biases keep it, the numbers being the same. The latter's name for the run stands in ``folder/wandb_id``.
+    A run that goes on from `step` goes on with its curves: TensorBoard's replace what was logged after that step, those of
+    Weights & Biases keep it, the numbers being the same. The latter's name for the run stands in `folder/wandb_id`.
     """
 
     def __init__(self, names: str, folder: Path, options: dict[str, Any], step: int = 0) -> None:

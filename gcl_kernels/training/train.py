@@ -4,7 +4,7 @@
         --weight-key score
     torchrun --nproc-per-node 8 -m gcl_kernels.training ...
 
-The options are those of :mod:`gcl_kernels.training.options`.
+The options are those of `gcl_kernels.training.options`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PLACES = {
 
 @dataclass
 class Run:
-    """What a training run leaves: one evaluation and one random ranking per ``--val-data`` file, and what it cost."""
+    """What a training run leaves: one evaluation and one random ranking per `--val-data` file, and what it cost."""
 
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     random: dict[str, Evaluation] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one step, on the CPU; ``epoch`` and ``number`` say where the sampler was after drawing it."""
+    """The inputs of one step, on the CPU; `epoch` and `number` say where the sampler was after drawing it."""
 
     rows: Tensor
     left: Inputs
@@ -83,10 +83,10 @@ class Batch:
 
 
 def train(args: argparse.Namespace) -> Run:
-    """Read, train, save, evaluate. ``args`` are those of :func:`parse_args`.
+    """Read, train, save, evaluate. `args` are those of `parse_args`.
 
-    Writes ``LOGS/NAME/checkpoints/epoch_N.pt``, which ``open_clip.create_model(MODEL, pretrained=FILE)`` loads, and
-    ``LOGS/NAME/results.json``. Under torchrun every process calls it and all return the same losses; the first writes, and
+    Writes `LOGS/NAME/checkpoints/epoch_N.pt`, which `open_clip.create_model(MODEL, pretrained=FILE)` loads, and
+    `LOGS/NAME/results.json`. Under torchrun every process calls it and all return the same losses; the first writes, and
     evaluates.
 
     Raises:
@@ -97,7 +97,7 @@ def train(args: argparse.Namespace) -> Run:
 
 
 def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
-    """:func:`train`, as one of several processes."""
+    """`train`, as one of several processes."""
     device, folder = group.device, Path(args.logs) / args.name
     started = time.perf_counter()
     reset_peak_memory(device)
@@ -414,7 +414,7 @@ def training_rows(args: argparse.Namespace, pairs: PairFile, world: int = 1) -> 
     """The scores (N,), float32, and the ids (N, 2) of all rows, and the sampler of those that are trained on.
 
     Raises:
-        DataError: scores out of range, none at ``--min-score`` or above, fewer rows than processes.
+        DataError: scores out of range, none at `--min-score` or above, fewer rows than processes.
     """
     low, high = pairs.scores.min().item(), pairs.scores.max().item()
     if args.score_scaling == "none" and not 1 <= low <= high <= args.s_max:
@@ -516,7 +516,7 @@ def dry_run(
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, scheduler: str = "cosine") -> float:
-    """Linear warm-up to ``peak``, then half a cosine down to 0, or ``peak`` throughout (``"const"``); open_clip's schedules."""
+    """Linear warm-up to `peak`, then half a cosine down to 0, or `peak` throughout (`"const"`); open_clip's schedules."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if scheduler == "const":
@@ -525,7 +525,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, scheduler: st
 
 
 def metrics_table(rows: Sequence[tuple[str, str, Evaluation]]) -> str:
-    """A table of (test set, run, evaluation) with ``TABLE_METRICS``, means over the queries."""
+    """A table of (test set, run, evaluation) with `TABLE_METRICS`, means over the queries."""
     sets, runs = max(len(test) for test, _, _ in rows), max(len(run) for _, run, _ in rows)
     head = f"{'test set':<{sets}}  {'run':<{runs}}  {'queries':>7}  " + "  ".join(
         f"{name:>7}" for name in TABLE_METRICS

@@ -1,4 +1,4 @@
-"""Real files, where they are at hand: ``GCL_KERNELS_DATA`` names their folder."""
+"""Real files, where they are at hand: `GCL_KERNELS_DATA` names their folder."""
 
 from __future__ import annotations
 

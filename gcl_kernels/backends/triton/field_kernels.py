@@ -35,7 +35,8 @@ def addresses(p_x, strides, o_row, o_d):
 @triton.jit
 def load_fields(fields, strides, mask, place, HAS_MASK: tl.constexpr):
     """(values, presence) of each field in some rows: blocks as stored, 0 where absent, which is not read, and past the end."""
-    (p_mask, mask_strides), (o_row, o_d, n, d) = mask, place
+    p_mask, mask_strides = mask
+    o_row, o_d, n, d = place
     b_fields, m_fields = (), ()
     m_row = o_row < n
     for f in tl.static_range(len(fields)):
