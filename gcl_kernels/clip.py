@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from . import distributed
 from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .losses import gcl_loss
+from .types import signature_of
 
 
 class ClipLoss(nn.Module):
@@ -125,7 +126,9 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
-        __call__ = forward
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         if not self.local_loss:

@@ -44,7 +44,8 @@ def resolve_group(process_group: ProcessGroupLike) -> ProcessGroup | None:
     """
     check_process_group(process_group)
     if isinstance(process_group, str):
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        # None before init_process_group. torch.compile compiles again when it changes, which is_initialized() does not cause.
+        return dist.group.WORLD if dist.is_available() else None
     if _is_mesh(process_group):
         if process_group.get_coordinate() is None:
             raise ValueError(f"process_group: expected a DeviceMesh with this process in it, got {process_group!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from .types import (
     ScoreToWeightName,
     Transport,
     WeightNormalization,
+    signature_of,
 )
 from .validation import DTYPES, check_choice, check_fraction, check_pair, check_tensor, check_weights
 
@@ -300,7 +301,9 @@ class GCLLoss(nn.Module):
         return loss * torch.where(total > 0, count / total, 1.0).to(loss.dtype)
 
     if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
-        __call__ = forward
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 _by_name = score_to_weight  # inside GCLLoss the name is an argument

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
 
 Directions = Literal["both", "lhs_to_rhs", "rhs_to_lhs"]
 Reduction = Literal["mean", "weighted_mean", "sum", "none"]
@@ -18,3 +19,10 @@ FIELD_MODES: tuple[FieldMode, ...] = get_args(FieldMode)
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 SCORE_TO_WEIGHT_NAMES: tuple[ScoreToWeightName, ...] = get_args(ScoreToWeightName)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def signature_of(function: Function) -> Callable[[Callable[..., Any]], Function]:
+    """A decorator: to a type checker what it decorates has the signature of `function`."""
+    return lambda _: function

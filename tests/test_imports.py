@@ -154,14 +154,3 @@ def test_no_private_name_of_another_package_is_used(importer):
     for path in files(importer):
         for name, module in private_names(path):
             raise AssertionError(f"{path.relative_to(ROOT)} uses {name} of {module}")
-
-
-def test_only_the_jit_functions_need_triton():
-    """The launch code imports, and runs on tensors without memory, where Triton cannot be imported."""
-    result = run(
-        BLOCKED.format(names={"triton"})
-        + "from gcl_kernels import plan\n"
-        + "from gcl_kernels.chips import CHIPS\n"
-        + "assert plan.ours(plan.Sizes.of_batch(4096, 64, 'bf16'), CHIPS['h200']).extra_memory > 0\n"
-    )
-    assert result.returncode == 0, result.stderr

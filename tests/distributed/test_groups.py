@@ -63,6 +63,19 @@ def test_world_is_the_group_at_the_time_of_the_call(pool):
         expect_equal(actual, expected)
 
 
+def test_code_compiled_before_there_is_a_group_is_not_used_after(tmp_path):
+    x, y = sides(0)
+    module = GCLLoss(process_group="world")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expect_equal(compiled(x, y, SCORES, 2.0), module(x, y, SCORES, 2.0))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="agree"):  # the ranks' agreement is an exchange, and breaks the graph
+            compiled(x, y, SCORES, 2.0)
+    finally:
+        dist.destroy_process_group()
+
+
 def mesh_on_rank(group):
     mesh, rank = DeviceMesh.from_group(group, "cpu"), dist.get_rank(group)
     return [
