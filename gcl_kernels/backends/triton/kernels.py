@@ -49,8 +49,6 @@ def negatives(b_s, terms, labels, place, has_label, LABELS: tl.constexpr):
     # the compiler joins the two and holds the comparisons of the first for the second: 187 registers instead of 128 on sm_90.
     o_row = i_row + tl.arange(0, b_s.shape[0])
     b_s = modify(b_s, terms, place)
-    # made here, it keeps the compiler from joining this branch with that of `read_positives`: 59 registers more on sm_90
-    o_row = i_row + tl.arange(0, b_s.shape[0])
     if has_label:
         b_s = hide_positives(b_s, labels, o_row, i_col, LABELS)
     if (i_row + b_s.shape[0] > n) | (i_col + b_s.shape[1] > m):
