@@ -17,7 +17,7 @@ from ..positives import positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product
 from ..upstream import normalized
 from .config import TileShape
-from .operands import Operands, PackedLine, packed, padded
+from .operands import Operands, packed, padded
 from .partials import Statistics, empty_parts
 from .run import run, storable
 
@@ -126,5 +126,6 @@ def backward(
     return Gradients(dlhs, drhs, dscale.to(pairs.logit_scale) if need.scale else None)
 
 
-def from_line(line: PackedLine | None, start: int) -> tuple[Tensor | None, ...] | None:
-    return None if line is None else tuple(None if v is None else v[start:] for v in line)
+def from_line(line: Tensor | None, start: int) -> tuple[Tensor, int] | None:
+    """A chunk's part of `packed`, with the stride between its vectors, as `softmax` takes it."""
+    return None if line is None else (line[:, start:], line.stride(0))

@@ -145,28 +145,26 @@ def compress_ids(lhs_ids: Tensor, rhs_ids: Tensor) -> tuple[Tensor, Tensor]:
     return position(left, -1), position(right, -2)
 
 
-PackedLine = tuple[Tensor, Tensor, Tensor | None]
-
-
-def packed(by_row: Line | None, by_col: Line | None) -> tuple[PackedLine | None, PackedLine | None, Tensor | None]:
-    """(row, col, middle): of each direction (reference, gain, factor), float32 and padded. One that is not there is None.
+def packed(by_row: Line | None, by_col: Line | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(3, N..) and (3, M..) float32: reference, gain and factor of each line; and the factors' middle.
 
     The factors are exp2(r - middle) of a row and g exp2(middle - c) of a column: what the one-exponential form needs, which
-    is for both directions. Without it they and the middle are None.
+    is for both directions. For one there are neither factors nor a middle. A direction that is not there is None.
     """
     middle = None
     if by_row is not None and by_col is not None:
         middle = torch.stack([by_row.lse2.mean(), by_col.lse2.mean()]).mean()
 
-    def pack(line: Line | None, sign: int) -> PackedLine | None:
+    def pack(line: Line | None, sign: int) -> Tensor | None:
         if line is None:
             return None
-        # past the end: neither the highest row nor the lowest column of its tile
-        reference, gain, factor = padded(line.reference, -sign * math.inf), padded(line.gain, 0.0), None
+        vectors = [line.reference, line.gain]
         if middle is not None:
             factor = torch.exp2(sign * (line.lse2 - middle))
-            factor = padded((factor if sign > 0 else line.g * factor).to(torch.float32), 0.0)
-        return reference, gain, factor
+            vectors.append((factor if sign > 0 else line.g * factor).to(torch.float32))
+        values = padded(torch.stack(vectors, dim=1), 0).t().contiguous()
+        values[0, len(line.reference) :] = -sign * math.inf  # neither the highest row nor the lowest column of its tile
+        return values
 
     return pack(by_row, 1), pack(by_col, -1), None if middle is None else middle.to(torch.float32)
 

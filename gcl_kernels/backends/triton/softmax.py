@@ -13,7 +13,8 @@ makes the logits again and asks without FAST.
     out     pointers to float32, written at [tile, line]: the (max, sum of exponentials) of the tile's rows and of its columns
     target  (matrix, stride): where the exponentials themselves are stored, if they are (`one_pass`)
     tile    (row tile, column tile), by number
-    lines   (row, col, p_middle), `operands.packed`: a direction's (p_reference, p_gain, p_factor), None where it is absent
+    lines   (row, col, p_middle): a direction's (p_line, stride), None where it is absent; p_line is (3, lines) float32,
+            reference, gain and factor (`operands.packed`)
 """
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.
@@ -203,12 +204,12 @@ def gradient(b_s, lines, place, FAST: tl.constexpr):
 def shared_gradient(b_s, lines, place):
     """`gradient_by_line` of both directions from e = exp2(s2 - r_i) alone, which is at most 1 because s2 <= r_i:
 
-    e * (gain_i + exp2(r_i - middle) * g_col_j exp2(middle - c_j)), the last two factors being the lines' `factor`.
+    e * (gain_i + exp2(r_i - middle) * g_col_j exp2(middle - c_j)), the last two being the third row of each line.
     """
     row, col = lines[0], lines[1]
-    o_row, o_col = place[0] + tl.arange(0, b_s.shape[0]), place[1] + tl.arange(0, b_s.shape[1])
-    b_r, b_gain, b_left = tl.load(row[0] + o_row), tl.load(row[1] + o_row), tl.load(row[2] + o_row)
-    b_right = tl.load(col[2] + o_col)
+    p_row, p_col = row[0] + place[0] + tl.arange(0, b_s.shape[0]), col[0] + place[1] + tl.arange(0, b_s.shape[1])
+    b_r, b_gain, b_left = tl.load(p_row), tl.load(p_row + row[1]), tl.load(p_row + 2 * row[1])
+    b_right = tl.load(p_col + 2 * col[1])
     return tl.exp2(b_s - b_r[:, None]) * (b_gain[:, None] + b_left[:, None] * b_right[None, :])
 
 
@@ -216,10 +217,11 @@ def shared_gradient(b_s, lines, place):
 def gradient_by_line(b_s, lines, place):
     """G without its positives, g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j), exact for any logits."""
     row, col = lines[0], lines[1]
-    o_row, o_col = place[0] + tl.arange(0, b_s.shape[0]), place[1] + tl.arange(0, b_s.shape[1])
     b_g = tl.zeros(b_s.shape, tl.float32)
     if row is not None:
-        b_g += tl.exp2(b_s - tl.load(row[0] + o_row)[:, None]) * tl.load(row[1] + o_row)[:, None]
+        p_row = row[0] + place[0] + tl.arange(0, b_s.shape[0])
+        b_g += tl.exp2(b_s - tl.load(p_row)[:, None]) * tl.load(p_row + row[1])[:, None]
     if col is not None:
-        b_g += tl.exp2(b_s - tl.load(col[0] + o_col)[None, :]) * tl.load(col[1] + o_col)[None, :]
+        p_col = col[0] + place[1] + tl.arange(0, b_s.shape[1])
+        b_g += tl.exp2(b_s - tl.load(p_col)[None, :]) * tl.load(p_col + col[1])[None, :]
     return b_g

@@ -220,11 +220,10 @@ def read_positives(b_s, labels, place, LABELS: tl.constexpr):
 
 
 @triton.jit
-def hide_positives(b_s, labels, place, LABELS: tl.constexpr):
+def hide_positives(b_s, labels, o_row, i_col, LABELS: tl.constexpr):
     """The logits with -inf at the labels."""
-    o_row = place[0] + tl.arange(0, b_s.shape[0])
     for i_label in range(LABELS):
-        b_label = label_of(labels, o_row, i_label, LABELS) - place[1]
+        b_label = label_of(labels, o_row, i_label, LABELS) - i_col
         b_s = put(b_s, b_label, tl.full((b_s.shape[0],), float("-inf"), tl.float32))
     return b_s
 
