@@ -17,9 +17,7 @@ COLUMNS = (
     *("load16", "load8", "load4", "load1-2", "store16"),
 )
 
-HEADER = (
-    f"{'family kernel             type   D    variant        launched as':76}regs stack spills shared        instructions"
-)
+HEADER = f"{'family kernel             type   D    variant        launched as':76}regs stack spills shared        instructions"
 
 
 def title(case: Case) -> str:

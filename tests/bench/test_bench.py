@@ -13,7 +13,7 @@ from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
 
 
-@pytest.mark.parametrize("directions", list(tuple(ROW_SHARE)))
+@pytest.mark.parametrize("directions", list(ROW_SHARE))
 @pytest.mark.parametrize(("n", "m"), [(37, 37), (23, 40)])
 def test_the_oracle_is_the_reference(n, m, directions, monkeypatch):
     monkeypatch.setattr(oracle, "CHUNK_BYTES", 8 * m * 10)  # several chunks, the last one ragged
