@@ -1,12 +1,15 @@
 """One flat custom operator and one autograd rule, so that torch.compile sees one node and never the tiles inside.
 
-An operator takes no dataclass. `Pairs` goes through as the list of its tensors that are there and a string of their names, and
-so do the upstream gradients where they are known beforehand. (A list with None in it, `Tensor?[]`, would have no gradient.)
+An operator takes no dataclass. Its schema is read off `Pairs`: one argument for each of its tensors, then the upstream gradients
+where they are known beforehand, then one string for everything else (`Call`). A list of tensors would do without a schema of its
+own, but PyTorch then walks over all arguments several times a call, a tenth of a step of 64 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +20,28 @@ from .backends.settings import debug
 from .derivatives import refuse_double_backward
 from .pairs import Pairs
 
+INPUTS = tuple(field.name for field in dataclasses.fields(Pairs))
+REQUIRED = tuple(field.name for field in dataclasses.fields(Pairs) if field.default is dataclasses.MISSING)
 UPSTREAM = tuple(f"g_{name}" for name in Lines._fields)
+INPUT_SCHEMA = ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in INPUTS)
+UPSTREAM_SCHEMA = ", ".join(f"Tensor? {name}" for name in UPSTREAM)
+
+
+class Call(NamedTuple):
+    """What the operator is told besides its tensors."""
+
+    want: Want
+    need: Need
+    backend: str | None
+
+    def text(self) -> str:
+        return "".join("01"[flag] for flag in (*self.want, *self.need)) + (self.backend or "")
+
+
+@lru_cache(maxsize=256)
+def call_of(text: str) -> Call:
+    on = [flag == "1" for flag in text[:5]]
+    return Call(Want(*on[:2]), Need(*on[2:]), text[5:] or None)
 
 
 def statistics(
@@ -31,76 +55,80 @@ def statistics(
     factor, so what was said must hold; `GCL_KERNELS_DEBUG=1` checks it.
     """
     need = Need(*(torch.is_grad_enabled() and x.requires_grad for x in pairs.differentiable))
-    named = dict(pairs.tensors())
-    if known_upstream is not None and any(need):
-        named |= {name: g.detach() for name, g in zip(UPSTREAM, known_upstream, strict=True) if g is not None}
-    return _forward(list(named.values()), ",".join(named), list(want), list(need), backend)[:3]
+    known = known_upstream if known_upstream is not None and any(need) else (None,) * len(UPSTREAM)
+    upstream = (None if g is None else g.detach() for g in known)
+    return _forward(*(getattr(pairs, name) for name in INPUTS), *upstream, Call(want, need, backend).text())[:3]
 
 
-def unpacked(tensors: Sequence[Tensor], names: str) -> tuple[Pairs, Lines]:
-    """The operator's tensors as inputs and as upstream gradients."""
-    named = dict(zip(names.split(","), tensors, strict=True))
-    upstream = Lines(*(named.pop(name, None) for name in UPSTREAM))
-    return Pairs(**named), upstream
-
-
-def in_one_pass(pairs: Pairs, upstream: Lines, want: Sequence[bool], backend: str) -> bool:
+def in_one_pass(pairs: Pairs, upstream: Lines, want: Want, backend: str) -> bool:
     if upstream.positive is None:
         return False
-    rule = backends.BACKENDS[backend].one_pass
-    return rule(pairs.n, pairs.m, Want(*want), pairs.lhs.device, pairs.lhs.dtype)
+    return backends.BACKENDS[backend].one_pass(pairs.n, pairs.m, want, pairs.lhs.device, pairs.lhs.dtype)
 
 
-@torch.library.custom_op("gcl_kernels::pairwise_logsumexp", mutates_args=())
-def _forward(
-    tensors: Sequence[Tensor], names: str, want: Sequence[bool], need: Sequence[bool], backend: str | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def unpacked(arguments: tuple) -> tuple[Pairs, Lines, Call]:
+    """The operators' arguments, up to and with the string."""
+    k = len(INPUTS)
+    return Pairs(*arguments[:k]), Lines(*arguments[k : k + len(UPSTREAM)]), call_of(arguments[k + len(UPSTREAM)])
+
+
+def _run_forward(*arguments):
     """(row, col, positive, dlhs, drhs, dscale); what is not made is empty."""
-    pairs, upstream = unpacked(tensors, names)
-    name = backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)
+    pairs, upstream, call = unpacked(arguments)
+    name = backends.choose(call.backend, pairs.lhs.device, pairs.lhs.dtype)
     module, gradients = backends.load(name), Gradients(None, None, None)
-    if in_one_pass(pairs, upstream, want, name):
-        lines, gradients = module.forward_with_gradient(pairs, upstream, Need(*need))
+    if in_one_pass(pairs, upstream, call.want, name):
+        lines, gradients = module.forward_with_gradient(pairs, upstream, call.need)
     else:
-        lines = module.forward(pairs, Want(*want))
+        lines = module.forward(pairs, call.want)
     kind = statistics_dtype(pairs.lhs.device)
     row, col, positive = (pairs.lhs.new_empty(0, dtype=kind) if v is None else v for v in lines)
     return row, col, positive, *filled(gradients, pairs)
 
 
+_forward = torch.library.custom_op(
+    "gcl_kernels::pairwise_logsumexp",
+    _run_forward,
+    mutates_args=(),
+    schema=f"({INPUT_SCHEMA}, {UPSTREAM_SCHEMA}, str call) -> ({', '.join(['Tensor'] * 6)})",
+)
+
+
 @_forward.register_fake
-def _(tensors, names, want, need, backend):
-    pairs, upstream = unpacked(tensors, names)
+def _(*arguments):
+    pairs, upstream, call = unpacked(arguments)
     lhs, kind = pairs.lhs, statistics_dtype(pairs.lhs.device)
-    name = backends.choose(backend, lhs.device, lhs.dtype)
-    made = Need(*need) if in_one_pass(pairs, upstream, want, name) else Need(False, False, False)
+    name = backends.choose(call.backend, lhs.device, lhs.dtype)
+    made = call.need if in_one_pass(pairs, upstream, call.want, name) else Need(False, False, False)
     return (
-        lhs.new_empty(pairs.n if want[0] else 0, dtype=kind),
-        lhs.new_empty(pairs.m if want[1] else 0, dtype=kind),
+        lhs.new_empty(pairs.n if call.want.row else 0, dtype=kind),
+        lhs.new_empty(pairs.m if call.want.col else 0, dtype=kind),
         lhs.new_empty((pairs.n, pairs.positives), dtype=kind),
         *empty_gradients(pairs, made),
     )
 
 
-@torch.library.custom_op("gcl_kernels::pairwise_logsumexp_backward", mutates_args=())
-def _backward(
-    tensors: Sequence[Tensor],
-    names: str,
-    statistics: Sequence[Tensor],
-    want: Sequence[bool],
-    need: Sequence[bool],
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, upstream = unpacked(tensors, names)
-    row, col, positive = statistics
-    lines = Lines(row if want[0] else None, col if want[1] else None, positive)
-    module = backends.load(backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype))
-    return filled(module.backward(pairs, lines, upstream, Need(*need)), pairs)
+def _run_backward(*arguments):
+    pairs, upstream, call = unpacked(arguments)
+    row, col, positive = arguments[-3:]
+    lines = Lines(row if call.want.row else None, col if call.want.col else None, positive)
+    module = backends.load(backends.choose(call.backend, pairs.lhs.device, pairs.lhs.dtype))
+    return filled(module.backward(pairs, lines, upstream, call.need), pairs)
+
+
+_backward = torch.library.custom_op(
+    "gcl_kernels::pairwise_logsumexp_backward",
+    _run_backward,
+    mutates_args=(),
+    schema=f"({INPUT_SCHEMA}, {UPSTREAM_SCHEMA}, str call, Tensor row, Tensor col, Tensor positive)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake
-def _(tensors, names, statistics, want, need, backend):
-    return empty_gradients(unpacked(tensors, names)[0], Need(*need))
+def _(*arguments):
+    pairs, _, call = unpacked(arguments)
+    return empty_gradients(pairs, call.need)
 
 
 def filled(gradients: Gradients, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,43 +145,37 @@ def empty_gradients(pairs: Pairs, need: Need) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.names, ctx.want, ctx.need, ctx.backend = inputs
+    ctx.call = inputs[-1]
     *lines, dlhs, drhs, dscale = output
-    ctx.save_for_backward(*tensors, *lines)
-    made = any(g.numel() for g in (dlhs, drhs, dscale))
+    ctx.save_for_backward(*inputs[:-1], *lines)
+    ctx.made = any(g.numel() for g in (dlhs, drhs, dscale))
     # detached, since the outputs themselves would hold this ctx, and it them
-    ctx.gradients = [g.detach() for g in (dlhs, drhs, dscale)] if made else None
-    ctx.made = made
+    ctx.gradients = [g.detach() for g in (dlhs, drhs, dscale)] if ctx.made else None
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
     if any(g is not None and g.numel() for g in through_the_gradients):
         _refuse_double_backward(ctx)
-    *tensors, row, col, positive = ctx.saved_tensors
-    names = ctx.names.split(",")
-    inputs = [name for name in names if name not in UPSTREAM]
-    known = dict(zip(names, tensors, strict=True))
-    needs = dict(zip(names, ctx.needs_input_grad[0], strict=True))
-    need = [needs[name] for name in ("lhs", "rhs", "logit_scale")]
-    actual = dict(
-        zip(UPSTREAM, (g_row if ctx.want[0] else None, g_col if ctx.want[1] else None, g_positive), strict=True)
-    )
+    *inputs, known_row, known_col, known_positive, row, col, positive = ctx.saved_tensors
+    call = call_of(ctx.call)
+    needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
+    g_row, g_col = (g if wanted else None for g, wanted in zip((g_row, g_col), call.want, strict=True))
     if ctx.made:
         # The stored gradients are returned without a copy, so they can be used once. A second backward (retain_graph) makes
         # them again, bit for bit. With create_graph they are made again as well, because only those raise the error about a
         # double backward.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None or torch.is_grad_enabled():
-            gradients = _forward(tensors, ctx.names, ctx.want, ctx.need, ctx.backend)[3:]
-        factor = _common_factor(*((actual[name], known.get(name)) for name in ("g_row", "g_col")))
+            gradients = _forward(*inputs, known_row, known_col, known_positive, ctx.call)[3:]
+        factor = _common_factor((g_row, known_row), (g_col, known_col))
         gradients = [g.mul_(factor.to(g.dtype)) for g in gradients]
     else:
-        named = {name: known[name] for name in inputs} | {name: g for name, g in actual.items() if g is not None}
-        lines = [row, col, positive]
-        gradients = _backward(list(named.values()), ",".join(named), lines, ctx.want, need, ctx.backend)
+        need = Need(needs["lhs"], needs["rhs"], needs["logit_scale"])
+        text = call._replace(need=need).text()
+        gradients = _backward(*inputs, g_row, g_col, g_positive, text, row, col, positive)
     of = dict(zip(("lhs", "rhs", "logit_scale"), gradients, strict=True))
-    return [of[name] if name in of and needs[name] else None for name in names], None, None, None, None
+    return *(of[name] if name in of and needs[name] else None for name in INPUTS), *[None] * (len(UPSTREAM) + 1)
 
 
 def _common_factor(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -176,26 +198,5 @@ _refuse_double_backward = refuse_double_backward(
 )
 
 
-def _one_by_one(operator):
-    """A rule for `torch.func.vmap`: the operator of each element of the batch. PyTorch's own takes no lists of tensors."""
-
-    def rule(info, in_dims, *arguments):
-        def element(x, dim, i):
-            if isinstance(x, (list, tuple)):
-                dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
-                return [element(v, d, i) for v, d in zip(x, dims, strict=True)]
-            return x if dim is None else x.select(dim, i)
-
-        results = [
-            operator(*(element(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
-
-    return rule
-
-
-_forward.register_vmap(_one_by_one(_forward))
-_backward.register_vmap(_one_by_one(_backward))
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 _backward.register_autograd(_refuse_double_backward, setup_context=lambda ctx, inputs, output: None)

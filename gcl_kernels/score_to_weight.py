@@ -50,7 +50,7 @@ def score_to_weight(
 
     Source: the inverse square root is the best function of the GCL paper (arXiv 2404.08535).
     """
-    return WeightsOfScores(function, s_max, None if knots is None else tuple(map(tuple, knots)), normalize)
+    return WeightsOfScores(function, s_max, None if knots is None else tuple((x, y) for x, y in knots), normalize)
 
 
 @dataclass(frozen=True, repr=False)

@@ -78,9 +78,7 @@ def test_complaints_are_made():
     assert len(aot.Report(CASES[2], 255, 8, 4, 10**6, Counter(), Counter()).complaints()) == 6
     narrow = aot.Report(CASES[-1], 10, 0, 0, 0, Counter({"load8": 1}), Counter())
     assert narrow.complaints() == ["narrow loads"]
-    copies = aot.Report(
-        CASES[0], 10, 0, 0, 0, Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), Counter()
-    )
+    copies = aot.Report(CASES[0], 10, 0, 0, 0, Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), Counter())
     assert copies.complaints() == ["copies of less than 16 bytes"]
 
 
