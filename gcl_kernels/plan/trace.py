@@ -25,9 +25,10 @@ class Storages(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is torch.ops.aten.addmm.dtype_out:
             return kwargs["out"]  # nothing new is stored; torch 2.9 cannot do it without memory
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
