@@ -3,22 +3,32 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+LOWEST := .venv-lowest
 
 # Threads that wait sleep instead of spinning: beside any other process, spinning costs small steps a factor of ten.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint bench curves properties clean
+.PHONY: demo test lint package lowest bench curves properties clean
 
 demo: $(READY)  ## train and rank on a data set made here, with and without GCL weights
 	$(PY) -m gcl_kernels.training.demo
 
-test: lint  ## lint, type check and the tests: one process and one thread a core
+test: lint package  ## lint, type check, packages and the tests: one process and one thread a core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -p no:benchmark
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+
+package: $(READY)  ## the source distribution and the wheel, made from it, in dist/; both checked
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist .
+	$(PY) -m twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist
+
+lowest: $(LOWEST)/.ready  ## the core's and Triton's tests with the lowest versions that pyproject.toml allows (7 GB)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile tests/test_*.py tests/triton
 
 bench: $(READY)  ## ours beside its peers (5 minutes); threads wait as they do by default
 	env -u OMP_WAIT_POLICY $(PY) -m bench --json bench/results/cpu.json
@@ -37,5 +47,10 @@ $(READY): requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+$(LOWEST)/.ready: requirements-lowest.txt pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-lowest.txt --editable ".[test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info demo_output logs
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info demo_output logs

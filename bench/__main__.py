@@ -21,8 +21,8 @@ from tqdm import tqdm
 from bench import cases, measure, peers, report
 from bench.cases import Case
 from gcl_kernels import __version__
-from gcl_kernels.losses import DIRECTIONS
 from gcl_kernels.training.files import write_json_atomically
+from gcl_kernels.types import DIRECTIONS
 
 
 def words(choices: Sequence[str]):
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=numbers(int), default=[256, 1024, 2048], help="batch sizes")
     parser.add_argument("--m", type=numbers(int), help="columns; default N")
     parser.add_argument("--d", type=numbers(int), default=[512])
-    parser.add_argument("--directions", type=words(tuple(DIRECTIONS)), default=["both"])
+    parser.add_argument("--directions", type=words(DIRECTIONS), default=["both"])
     parser.add_argument("--pass", dest="passes", type=words(cases.PASSES), default=["both"])
     parser.add_argument("--logit-scale", type=numbers(float), default=[100.0])
     parser.add_argument("--draw", type=words(cases.DRAWS), default=["clustered"])

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from gcl_kernels.types import Directions
+
 SHORT_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, short in SHORT_NAMES.items() for name in (short, str(dtype).removeprefix("torch."))}
 PASSES = ("forward", "backward", "both")
@@ -24,7 +26,7 @@ class Case:
     n: int
     m: int
     d: int
-    directions: str = "both"
+    directions: Directions = "both"
     passes: str = "both"
     logit_scale: float = 100.0
     draw: str = "clustered"
@@ -105,7 +107,7 @@ def product(
     ns: Sequence[int],
     ms: Sequence[int] | None,
     ds: Sequence[int],
-    directions: Sequence[str],
+    directions: Sequence[Directions],
     passes: Sequence[str],
     scales: Sequence[float],
     draws: Sequence[str],

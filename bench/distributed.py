@@ -33,6 +33,7 @@ from gcl_kernels import ClipLoss, __version__, gcl_loss
 from gcl_kernels.training.files import write_json_atomically
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 from gcl_kernels.training.openclip import import_open_clip
+from gcl_kernels.types import Transport
 
 RESULTS = Path(__file__).parent / "results"
 N, D = 3072, 256
@@ -48,7 +49,7 @@ MODEL_WORLDS = tuple(2**k for k in range(3, 11))
 RING, INF_CL = "process_group, ring", "inf-cl, ring (from its source)"
 
 
-def ours(transport: str) -> Callable[..., Any]:
+def ours(transport: Transport) -> Callable[..., Any]:
     return lambda rank, world: (
         lambda x, y, scale: gcl_loss(x, y, scale, process_group=dist.group.WORLD, transport=transport)
     )

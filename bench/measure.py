@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import oracle
 from bench.cases import DTYPES, Case, Inputs, build
 from bench.peers import COMPILED, DENSE_COPIES, Loss, Unsupported, peer, version
-from gcl_kernels.losses import DIRECTIONS
+from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 
@@ -89,7 +89,7 @@ def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
     lhs, rhs, scale = inputs.leaves
     if case.device == "mps":  # has no float64
         lhs, rhs, scale = (x.cpu() for x in (lhs, rhs, scale))
-    return oracle.loss_and_gradients(lhs, rhs, scale, DIRECTIONS[case.directions])
+    return oracle.loss_and_gradients(lhs, rhs, scale, ROW_SHARE[case.directions])
 
 
 def errors(loss: Loss, inputs: Inputs, exact: Sequence[Tensor]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bench.cases import DTYPES
 from bench.measure import in_fresh_process
 from gcl_kernels import ClipLoss, plan
-from gcl_kernels.chips import Chip
+from gcl_kernels.chips import Chip, this_cpu
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 from gcl_kernels.training.openclip import import_open_clip
 
@@ -82,7 +82,7 @@ def measure_here(name: str, n: int, d: int, dtype: str) -> float:
 def predicted(case: Case, chip: Chip) -> float:
     """Extra MiB; reads the budget from the environment, as the backend does."""
     predict = plan.ours if case.loss == "ours" else plan.dense
-    return predict(plan.Problem.of_batch(case.n, case.d, case.dtype), chip).extra_memory / 2**20
+    return predict(plan.Sizes.of_batch(case.n, case.d, case.dtype), chip).extra_memory / 2**20
 
 
 def main() -> int:
@@ -94,7 +94,7 @@ def main() -> int:
         name, n, d, dtype = options.of
         print(measure_here(name, int(n), int(d), dtype))
         return 0
-    chip, worst = plan.this_cpu(), 0.0
+    chip, worst = this_cpu(), 0.0
     print(f"{'':35}{'measured':>10}{'model':>10}")
     for case in tqdm(SWEEP, unit="case"):
         os.environ["GCL_KERNELS_WORKSPACE_MIB"] = str(case.budget_mib)

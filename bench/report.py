@@ -168,9 +168,9 @@ def scaling(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def work(case: Case) -> float:
-    """FLOPs of our two-direction step on a CPU, in units of N M D: what is kept is not made again."""
-    problem = plan.Problem(case.n, case.m, case.d, case.dtype)
-    return 8 - 2 * plan.kept_tiles(problem) / plan.tile_count(problem)
+    """FLOPs of our two-direction step on a CPU, in units of N M D: what is stored is not made again."""
+    problem = plan.Sizes(case.n, case.m, case.d, case.dtype)
+    return 8 - 2 * plan.stored_tiles(problem) / plan.tile_count(problem)
 
 
 def readme_table(result: dict[str, Any]) -> str:

@@ -16,23 +16,23 @@ from typing import Any
 
 from gcl_kernels.chips import CHIPS, DTYPES, TRITON_LAUNCH, Chip
 from gcl_kernels.plan import (
-    DENSE_OPERATORS,
     LABEL,
     Phase,
     Prediction,
-    Problem,
+    Sizes,
     amount,
     dense,
     duration,
     ours,
-    positive_int,
 )
+from gcl_kernels.plan.dense import DENSE_OPERATORS
+from gcl_kernels.plan.report import positive_int
 
 # Rows of logits that peers hold at a time, by their own rules.
 LINEAR_CROSS_ENTROPY_ROWS = 1024
 
 
-def compiled_dense(p: Problem, chip: Chip) -> Prediction:
+def compiled_dense(p: Sizes, chip: Chip) -> Prediction:
     """`open_clip.ClipLoss` under torch.compile: products as before; log-softmax and loss in one pass that keeps the logits,
     their gradient in another."""
     copy, product = p.logits * p.s, 2 * p.logits * p.d
@@ -48,7 +48,7 @@ def compiled_dense(p: Problem, chip: Chip) -> Prediction:
     return Prediction("open_clip, compiled", tuple(phases), 4 * copy)
 
 
-def chunked_head(name: str, p: Problem, chip: Chip, rows: int, remark: str) -> Prediction:
+def chunked_head(name: str, p: Sizes, chip: Chip, rows: int, remark: str) -> Prediction:
     """A fused linear cross-entropy that forms gradients in its forward, chunk of rows by chunk of rows, once a direction: 6 N M D
     each. A chunk's logits are written, read for the loss, read and overwritten by their gradient, read by two products; the
     weights' gradient is read and written once a chunk."""
@@ -67,18 +67,18 @@ def chunked_head(name: str, p: Problem, chip: Chip, rows: int, remark: str) -> P
     return Prediction(name, tuple(phases), chunk + 2.0 * (p.n + p.m) * p.d * p.s, remark)
 
 
-def linear_cross_entropy(p: Problem, chip: Chip) -> Prediction:
+def linear_cross_entropy(p: Sizes, chip: Chip) -> Prediction:
     remark = f"chunks of {LINEAR_CROSS_ENTROPY_ROWS:,} rows assumed"
     return chunked_head("F.linear_cross_entropy x2", p, chip, min(LINEAR_CROSS_ENTROPY_ROWS, p.n), remark)
 
 
-def liger(p: Problem, chip: Chip) -> Prediction:
+def liger(p: Sizes, chip: Chip) -> Prediction:
     """Its chunk: the next power of two above N / ceil(M / D)."""
     rows = 1 << (-(-p.n // -(-p.m // p.d)) - 1).bit_length()
     return chunked_head("Liger x2", p, chip, min(rows, p.n), f"chunks of {min(rows, p.n):,} rows")
 
 
-def cut_cross_entropy(p: Problem, chip: Chip) -> Prediction:
+def cut_cross_entropy(p: Sizes, chip: Chip) -> Prediction:
     """Forward 2, backward 2 + 4, in one kernel each, once a direction. The backward adds each 128 x 128 tile's products to both
     gradients in memory, under locks; its filter of small gradients, which drops some of that, is not modelled."""
     product, tile = 2 * p.logits * p.d, 128
@@ -95,7 +95,7 @@ def cut_cross_entropy(p: Problem, chip: Chip) -> Prediction:
     )
 
 
-def inf_cl(p: Problem, chip: Chip) -> Prediction:
+def inf_cl(p: Sizes, chip: Chip) -> Prediction:
     """Forward 2, and 4 for each of two backward kernels, once a direction, all in tf32. The backward loads, adds and stores a
     float32 block of gradient rows for every tile; tiles of 32 columns are assumed."""
     product, tile_cols = 2 * p.logits * p.d, 32
@@ -110,7 +110,7 @@ def inf_cl(p: Problem, chip: Chip) -> Prediction:
     return Prediction("inf-cl x2", tuple(phases), 4.0 * (p.n + p.m) * (p.d + 4), "gradients through memory, tf32")
 
 
-PLANS: dict[str, Callable[[Problem, Chip], Prediction]] = {
+PLANS: dict[str, Callable[[Sizes, Chip], Prediction]] = {
     "ours": ours,
     "open_clip": dense,
     "open_clip_compiled": compiled_dense,
@@ -121,12 +121,12 @@ PLANS: dict[str, Callable[[Problem, Chip], Prediction]] = {
 }
 
 
-def floor(p: Problem, chip: Chip) -> float:
+def floor(p: Sizes, chip: Chip) -> float:
     """Seconds of the matrix products alone that no exact plan without N x M memory avoids: 8 N M D, 6 for one direction."""
     return (8 if p.directions == 2 else 6) * p.logits * p.d / (chip.rate(p.dtype) * chip.reach.gemm)
 
 
-def predictions(p: Problem, chip: Chip) -> dict[str, Any]:
+def predictions(p: Sizes, chip: Chip) -> dict[str, Any]:
     """What `report` prints, for a file."""
     plans = {name: plan(p, chip) for name, plan in PLANS.items()}
     return {
@@ -150,7 +150,7 @@ def predictions(p: Problem, chip: Chip) -> dict[str, Any]:
     }
 
 
-def report(p: Problem, chip: Chip) -> str:
+def report(p: Sizes, chip: Chip) -> str:
     mine = ours(p, chip)
     kinds = ("GEMM", "exp", "HBM", "host")
     lines = [
@@ -194,7 +194,7 @@ def main() -> None:
     chip = CHIPS[options.chip]
     if options.gemm_fraction is not None:
         chip = replace(chip, reach=replace(chip.reach, gemm=options.gemm_fraction))
-    print(report(Problem(options.n, options.m or options.n, options.d, options.dtype), chip))
+    print(report(Sizes(options.n, options.m or options.n, options.d, options.dtype), chip))
 
 
 if __name__ == "__main__":

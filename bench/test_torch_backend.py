@@ -6,9 +6,9 @@ Tile shapes, workspace budgets, field aggregation. Times of two runs compare onl
 import pytest
 import torch
 
+from bench import passes
 from bench.cases import Case, build
-from bench.launches import torch_backward, torch_forward
-from gcl_kernels import aggregate_fields, gcl_loss
+from gcl_kernels import aggregate_fields, backends, gcl_loss
 
 N, D = 2048, 512
 
@@ -24,10 +24,11 @@ def problem():
 )
 @pytest.mark.parametrize("step", ["forward", "backward"])
 def test_tile(benchmark, problem, step, tile):
-    if step == "forward":
-        benchmark(torch_forward, problem, tile=tile)
-    else:
-        benchmark(torch_backward, problem, torch_forward(problem, tile=tile), tile=tile)
+    with backends.settings(tile=tile):
+        if step == "forward":
+            benchmark(passes.forward, "torch", problem)
+        else:
+            benchmark(passes.backward, "torch", problem, passes.forward("torch", problem))
 
 
 @pytest.mark.parametrize("mib", [8, 16, 32, 256])

@@ -6,8 +6,8 @@ Each round waits for the GPU: what is timed is the kernel, with its launch.
 import pytest
 import torch
 
+from bench import passes
 from bench.cases import Case, build
-from bench.launches import triton_backward_tiles, triton_forward
 from gcl_kernels import aggregate_fields, gcl_loss
 
 if not torch.cuda.is_available():
@@ -32,13 +32,13 @@ def waited(function):
 
 
 def test_forward_tiles(benchmark, problem):
-    benchmark(waited(lambda: triton_forward(problem)))
+    benchmark(waited(lambda: passes.forward("triton", problem)))
 
 
 def test_backward_tiles(benchmark, problem):
     """The tile kernel without its products: no gradient is asked for but G is made."""
-    statistics = triton_forward(problem)
-    benchmark(waited(lambda: triton_backward_tiles(problem, statistics)))
+    statistics = passes.forward("triton", problem)
+    benchmark(waited(lambda: passes.backward_tiles("triton", problem, statistics)))
 
 
 @pytest.mark.parametrize("mib", [64, 256, 1024])

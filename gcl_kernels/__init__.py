@@ -1,8 +1,9 @@
 """Fast exact contrastive losses for very large batches, and Generalized Contrastive Learning (arXiv 2404.08535)."""
 
 from ._version import __version__
+from .clip import ClipLoss
 from .fields import aggregate_fields
-from .losses import ClipLoss, GCLLoss, gcl_loss
+from .losses import GCLLoss, gcl_loss
 from .lse import PairwiseLSE, pairwise_logsumexp
 from .score_to_weight import score_to_weight
 

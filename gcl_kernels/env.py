@@ -1,15 +1,17 @@
-"""What a bug report needs: ``python -m gcl_kernels.env`` prints versions, devices, and the backend chosen for each and why."""
+"""What a bug report needs: `python -m gcl_kernels.env` prints versions, devices, and the backend chosen for each and why."""
 
 from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 
 import torch
 
-from . import __version__, backends
+from . import backends
+from ._version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "open_clip_torch")
 VARIABLES = ("GCL_KERNELS_", "TRITON_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -47,17 +49,15 @@ def describe(device: torch.device) -> str:
 
 
 def choice(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that ``backend=None`` takes, and why."""
-    name = backends.choose(None, device, dtype)
+    """The backend that `backend=None` takes, and why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason is printed
+        name, reason = backends.choose_with_reason(None, device, dtype)
     if name == "triton":
         from .backends.triton.config import family_of
 
-        return f"triton, with the launch configuration of {family_of(backends.architecture(device))}"
-    if device.type != "cuda":
-        return "torch: the device is not CUDA or HIP"
-    if dtype == torch.float64:
-        return "torch: the kernels' tiles are float32"
-    return "torch: Triton cannot be imported"
+        reason += f"; launch configuration of {family_of(backends.architecture(device))}"
+    return f"{name}: {reason}"
 
 
 def report() -> Iterator[str]:
@@ -66,10 +66,15 @@ def report() -> Iterator[str]:
     for device in devices():
         yield f"{device}: {describe(device)}"
         yield from (f"    {str(dtype)[6:]}: backend {choice(device, dtype)}" for dtype in DTYPES)
+    yield f"Triton: {backends.why_not_triton() or 'works'}"
     yield f"workspace {backends.workspace_bytes() // 2**20} MiB"
     yield f"float32 matrix products: {torch.get_float32_matmul_precision()}"
     yield from (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES))
 
 
-if __name__ == "__main__":
+def main() -> None:
     print("\n".join(report()))
+
+
+if __name__ == "__main__":
+    main()

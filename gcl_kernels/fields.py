@@ -1,4 +1,4 @@
-"""``aggregate_fields``: one vector per row from several field embeddings."""
+"""`aggregate_fields`: one vector per row from several field embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .validation import check_device, check_tensor, debug, may_read
+from .backends import Mean
+from .backends.settings import debug
+from .derivatives import refuse_double_backward, refuse_forward_mode
+from .types import Backend
+from .validation import check_device, check_tensor, may_read
 
 Fields = Mapping[str, Tensor] | Sequence[Tensor]
 FieldWeights = Mapping[str, float] | Sequence[float] | None
@@ -22,24 +26,24 @@ def aggregate_fields(
     mask: Tensor | None = None,
     normalize_fields: bool = True,
     normalize: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Weighted mean of a row's fields: ``normalize(sum_f m_f u_f normalize(x_f) / sum_f m_f u_f)``.
+    """Weighted mean of a row's fields: `normalize(sum_f m_f u_f normalize(x_f) / sum_f m_f u_f)`.
 
     Args:
         fields: F tensors (N, D) of one dtype and device, by name or in order.
         weights: u_f >= 0 by the same names or in the same order, not all 0; None: equal weights. Only ratios matter.
-        mask: (N, F) bool, columns in the order of ``fields``: which fields a row has. What an absent field holds is never
+        mask: (N, F) bool, columns in the order of `fields`: which fields a row has. What an absent field holds is never
             read into a result. The weights are renormalised over the fields present, so that a document without an image
             is not dragged to the origin.
         normalize_fields: L2-normalise each field first.
         normalize: L2-normalise the mean.
-        backend: as in ``pairwise_logsumexp``. Triton's is one fused kernel a pass: every input is read once. It takes up to 4
+        backend: as in `pairwise_logsumexp`. Triton's is one fused kernel a pass: every input is read once. It takes up to 4
             fields of D <= 8192 or 8 of D <= 4096; without a backend named, others take the plain expressions.
 
     Returns:
         (N, D) in the fields' dtype, computed in float32 (float64 for float64). A row with no field present, or whose mean
-        is the zero vector, is a zero row with zero gradient; with ``GCL_KERNELS_DEBUG=1`` it is a ValueError.
+        is the zero vector, is a zero row with zero gradient; with `GCL_KERNELS_DEBUG=1` it is a ValueError.
 
     Source: GCL (arXiv 2404.08535) and its authors' evaluation code.
     """
@@ -50,9 +54,10 @@ def aggregate_fields(
     x = tensors[0]
     name = backends.choose_for_fields(backend, x.device, x.dtype, len(tensors), x.shape[1])
     if name == "triton":
-        result, _ = _forward(tensors, u, mask, normalize_fields, normalize, name)
+        refuse_forward_mode("aggregate_fields", *tensors)
+        result, _ = _forward(tensors, mask, u, [normalize_fields, normalize], name)
     else:
-        result = weighted_mean(tensors, u, mask, normalize_fields, normalize)
+        result = weighted_mean(tensors, mask, Mean(u, normalize_fields, normalize))
     if debug() and may_read(result):
         zero = (result == 0).all(dim=1)
         if bool(zero.any()):
@@ -63,10 +68,8 @@ def aggregate_fields(
     return result
 
 
-def weighted_mean(
-    tensors: list[Tensor], u: list[float], mask: Tensor | None, normalize_fields: bool, normalize: bool
-) -> Tensor:
-    """``aggregate_fields`` of checked arguments, in plain PyTorch."""
+def weighted_mean(tensors: list[Tensor], mask: Tensor | None, mean: Mean) -> Tensor:
+    """`aggregate_fields` of checked arguments, in plain PyTorch."""
     compute = torch.promote_types(tensors[0].dtype, torch.float32)
     total = torch.zeros_like(tensors[0], dtype=compute)
     present_weight = total.new_zeros(total.shape[0], 1)
@@ -74,11 +77,11 @@ def weighted_mean(
         x = x.to(compute)
         if mask is not None:
             x = torch.where(mask[:, f : f + 1], x, 0.0)
-            present_weight = present_weight + u[f] * mask[:, f : f + 1].to(compute)
-        total = total + u[f] * (unit(x) if normalize_fields else x)
+            present_weight = present_weight + mean.weights[f] * mask[:, f : f + 1].to(compute)
+        total = total + mean.weights[f] * (unit(x) if mean.normalize_fields else x)
     if mask is not None:
         total = total / torch.where(present_weight > 0, present_weight, 1.0)
-    return (unit(total) if normalize else total).to(tensors[0].dtype)
+    return (unit(total) if mean.normalize else total).to(tensors[0].dtype)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -93,19 +96,14 @@ def unit(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("gcl_kernels::aggregate_fields", mutates_args=())
 def _forward(
-    fields: Sequence[Tensor],
-    weights: Sequence[float],
-    mask: Tensor | None,
-    normalize_fields: bool,
-    normalize: bool,
-    backend: str,
+    fields: Sequence[Tensor], mask: Tensor | None, weights: Sequence[float], normalize: Sequence[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
-    """(mean, inverse norms), see ``backends``."""
-    return backends.load(backend).aggregate_fields(fields, weights, mask, normalize_fields, normalize)
+    """(mean, inverse norms), see `backends.contract`; normalize: the fields, the mean."""
+    return backends.load(backend).aggregate_fields(fields, mask, Mean(weights, *normalize))
 
 
 @_forward.register_fake
-def _(fields, weights, mask, normalize_fields, normalize, backend):
+def _(fields, mask, weights, normalize, backend):
     n, d = fields[0].shape
     return fields[0].new_empty((n, d)), fields[0].new_empty((n, len(fields) + 1), dtype=torch.float32)
 
@@ -113,27 +111,25 @@ def _(fields, weights, mask, normalize_fields, normalize, backend):
 @torch.library.custom_op("gcl_kernels::aggregate_fields_backward", mutates_args=())
 def _backward(
     fields: Sequence[Tensor],
-    weights: Sequence[float],
     mask: Tensor | None,
-    normalize_fields: bool,
-    normalize: bool,
+    weights: Sequence[float],
+    normalize: Sequence[bool],
     inverse_norms: Tensor,
     g: Tensor,
     need: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    return backends.load(backend).aggregate_fields_backward(
-        fields, weights, mask, normalize_fields, normalize, inverse_norms, g, need
-    )
+    module = backends.load(backend)
+    return module.aggregate_fields_backward(fields, mask, Mean(weights, *normalize), inverse_norms, g, need)
 
 
 @_backward.register_fake
-def _(fields, weights, mask, normalize_fields, normalize, inverse_norms, g, need, backend):
+def _(fields, mask, weights, normalize, inverse_norms, g, need, backend):
     return [x.new_empty(x.shape if needed else 0) for x, needed in zip(fields, need, strict=True)]
 
 
 def _setup_context(ctx, inputs, output):
-    fields, ctx.weights, mask, ctx.normalize_fields, ctx.normalize, ctx.backend = inputs
+    fields, mask, ctx.weights, ctx.normalize, ctx.backend = inputs
     ctx.save_for_backward(*fields, mask, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -141,21 +137,15 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, g, _):
     *fields, mask, inverse_norms = ctx.saved_tensors
     need = list(ctx.needs_input_grad[0])
-    gradients = _backward(
-        fields, ctx.weights, mask, ctx.normalize_fields, ctx.normalize, inverse_norms, g, need, ctx.backend
-    )
-    return ([g if needed else None for g, needed in zip(gradients, need, strict=True)], *[None] * 5)
+    gradients = _backward(fields, mask, ctx.weights, ctx.normalize, inverse_norms, g, need, ctx.backend)
+    return ([g if needed else None for g, needed in zip(gradients, need, strict=True)], *[None] * 4)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "aggregate_fields: expected one backward pass, got a second through its gradient; double backward is not supported "
-        "by backend 'triton' (backend 'torch' can be differentiated any number of times)"
-    )
-
-
+_refuse = refuse_double_backward(
+    "aggregate_fields", "by backend 'triton' (backend 'torch' can be differentiated any number of times)"
+)
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse_double_backward, setup_context=lambda ctx, inputs, output: None)
+_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 def named_fields(name: str, fields: Fields) -> tuple[list[str], list[Tensor]]:

@@ -1,37 +1,43 @@
-"""``gcl_loss``, ``GCLLoss`` and ``ClipLoss``: plain PyTorch over ``logsumexp_statistics``."""
+"""`gcl_loss` and `GCLLoss`: plain PyTorch over the statistics of `lse`."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import distributed
-from .backends import statistics_dtype
+from . import backends, distributed
+from .derivatives import refuse_forward_mode
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
-from .lse import check_inputs, logsumexp_statistics
-from .score_to_weight import ScoreToWeight, score_to_weight
-from .validation import (
-    check_choice,
-    check_fraction,
-    check_ids,
-    check_labels,
-    check_pair,
-    check_scale,
-    check_tensor,
-    check_weights,
+from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
+from .pairs import Pairs
+from .row_losses import RowLoss, denominator, row_losses
+from .score_to_weight import Knots, ScoreToWeight, score_to_weight
+from .types import (
+    BACKENDS,
+    DIRECTIONS,
+    FIELD_MODES,
+    REDUCTIONS,
+    TRANSPORTS,
+    Backend,
+    Directions,
+    FieldMode,
+    Reduction,
+    ScoreToWeightName,
+    Transport,
+    WeightNormalization,
+    signature_of,
 )
+from .validation import DTYPES, check_choice, check_fraction, check_pair, check_tensor, check_weights
 
 if TYPE_CHECKING:  # some builds of torch have no distributed
     from torch.distributed import ProcessGroup
 
-
-DIRECTIONS = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}
-REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
-FIELD_MODES = ("aggregate", "pairwise")
+ROW_SHARE: dict[Directions, float] = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}  # the formula's a
 
 Side = Tensor | Mapping[str, Tensor]
 
@@ -49,70 +55,90 @@ def gcl_loss(
     rhs_field_weights: FieldWeights = None,
     lhs_field_mask: Tensor | None = None,
     rhs_field_mask: Tensor | None = None,
-    field_mode: str = "aggregate",
-    directions: str = "both",
-    reduction: str = "mean",
+    field_mode: FieldMode = "aggregate",
+    directions: Directions = "both",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    process_group: ProcessGroup | None = None,
-    transport: str = "all_gather",
-    backend: str | None = None,
+    process_group: ProcessGroupLike = None,
+    transport: Transport = "all_gather",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Weighted two-direction softmax loss of Generalized Contrastive Learning (arXiv 2404.08535), without N x M memory.
 
-    With ``s_ij = logit_scale <x_i, y_j>``, labels t and pair weights w::
+    With `s_ij = logit_scale <x_i, y_j>`, labels t and pair weights w:
 
         l_i = w_i * ( a * (row_i - s_{i,t_i})  +  (1 - a) * (col_{t_i} - s_{i,t_i}) )
         row_i = logsumexp_j s_ij        col_j = logsumexp_i s_ij        over visible pairs
 
     Args:
-        lhs, rhs: (N, D) and (M, D) tensors used as given, or mappings of fields (N, D) that are aggregated first.
+        lhs: (N, D) embeddings, used as given, or a mapping of fields (N, D), which are aggregated first.
+        rhs: (M, D) embeddings or a mapping of fields (M, D), likewise.
         logit_scale: 1 / temperature: a float or a one-element tensor, which may need a gradient.
-        weights: w >= 0, shaped as labels; None: 1, plain CLIP. See ``score_to_weight``.
-        labels: (N,) or (N, P): columns of row i's positives, -1 for none (then l_i = 0, but the row stays a negative for the
-            columns). With P positives l_i is the sum over them. Default ``t_i = i``, needing M >= N; columns beyond the
-            labelled ones are negatives for every row.
-        lhs_ids, rhs_ids: int64 ids, (N,) or (N, K) and (M,) or (M, K). A pair with an equal id >= 0 in any channel is a
-            false negative and is left out, unless labelled.
-        lhs_field_weights, rhs_field_weights, lhs_field_mask, rhs_field_mask: as in ``aggregate_fields``.
-        field_mode: ``"aggregate"``: one vector a side. ``"pairwise"``: l_i is the sum over (f, g) of beta_fg l_i(L_f, R_g)
-            of the normalised fields, beta_fg = u_f v_g (weights summing to 1 a side); a pair leaves out the rows and
-            documents that lack its field.
-        directions: ``"both"`` (a = 1/2), ``"lhs_to_rhs"`` (a = 1) or ``"rhs_to_lhs"`` (a = 0). One direction computes one.
-        reduction: ``"mean"`` = sum(l) / N, ``"weighted_mean"`` = sum(l) / sum(w) over labelled rows (0 where that is 0),
-            ``"sum"``, or ``"none"`` = l (N,).
+        weights: w >= 0, shaped as labels. None means 1, which is plain CLIP. See `score_to_weight`.
+        labels: (N,) or (N, P): columns of row i's positives, -1 for none. With P positives l_i is the sum over them. A row
+            without a positive has l_i = 0 and stays a negative for the columns. The default is `t_i = i`, which needs M >= N;
+            columns beyond the labelled ones are negatives for every row.
+        lhs_ids: int64 ids of the rows, (N,) or (N, K). A pair with an equal id >= 0 in any of the K channels is a false negative:
+            it is left out of both logsumexps, unless it is labelled.
+        rhs_ids: int64 ids of the columns, (M,) or (M, K).
+        lhs_field_weights: of the fields of lhs, as `weights` in `aggregate_fields`.
+        rhs_field_weights: of the fields of rhs.
+        lhs_field_mask: (N, F) bool, which fields a row has, as `mask` in `aggregate_fields`.
+        rhs_field_mask: (M, F) bool, likewise.
+        field_mode: `"aggregate"` makes one vector a side. `"pairwise"` takes every pair of fields: l_i is the sum over (f, g) of
+            beta_fg l_i(L_f, R_g) of the normalised fields, beta_fg = u_f v_g, the weights summing to 1 on each side. A pair of
+            fields leaves out the rows and columns that lack its field.
+        directions: `"both"` (a = 1/2), `"lhs_to_rhs"` (a = 1) or `"rhs_to_lhs"` (a = 0). One direction computes one.
+        reduction: `"mean"` is sum(l) / N. `"weighted_mean"` is sum(l) / sum(w) over labelled rows, 0 where sum(w) is 0. `"sum"`
+            is sum(l). `"none"` is l, (N,).
         label_smoothing: e in [0, 1]: each (lse - s_pos) becomes (1 - e) (lse - s_pos) + e (lse - mean s). The mean is over
-            all columns (rows), hidden by ids or not: it costs O(N D).
+            all columns (rows), hidden by ids or not. It costs O(N D).
         z_loss: c >= 0: adds c * lse^2 to each direction (PaLM, arXiv 2204.02311).
-        process_group, transport: as in ``pairwise_logsumexp``: every rank passes its own rows of everything. Fields are
-            aggregated first, so one vector a document travels.
-        backend: as in ``pairwise_logsumexp``.
+        process_group: as in `pairwise_logsumexp`: every rank passes its own rows of everything. Fields are aggregated first,
+            so one vector a row travels.
+        transport: as in `pairwise_logsumexp`.
+        backend: as in `pairwise_logsumexp`.
+
+    A `DTensor` is taken where it is `Shard(0)` beside a process group over the same ranks, or `Replicate()` without one: its
+    local rows are used, and gradients go back to it.
 
     Returns:
-        0-d loss, or (N,) for ``"none"``; float32 (float64 for float64 inputs). With a process group each rank gets its own rows'
-        share: ``"mean"`` world * sum(l) / (all ranks' N), ``"weighted_mean"`` world * sum(l) / (all ranks' sum(w)), ``"sum"``
-        world * sum(l), so that the mean over ranks is the loss of the joined batch and the gradient that
-        DistributedDataParallel averages over ranks is its gradient; ``"none"`` its own l.
+        0-d loss, or (N,) for `"none"`; float32 (float64 for float64 inputs). With a process group each rank gets its own rows'
+        share: world * sum(l) / (all ranks' N) for `"mean"`, world * sum(l) / (all ranks' sum(w)) for `"weighted_mean"`,
+        world * sum(l) for `"sum"`. The mean over ranks is then the loss of the joined batch, and the gradient that
+        DistributedDataParallel averages over ranks is its gradient. For `"none"` each rank gets its own l.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: for forward-mode derivatives and `torch.func.grad`, which `gcl_kernels.reference` has.
     """
-    distributed.check_group(process_group, transport)
-    with distributed.shared_failure(process_group):
-        check_choice("directions", directions, tuple(DIRECTIONS))
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("field_mode", field_mode, FIELD_MODES)
-        check_fraction("label_smoothing", label_smoothing, 1.0)
-        check_fraction("z_loss", z_loss, math.inf)
+    group = resolve_group(process_group)
+    distributed.check_group(group, transport)
+    with distributed.shared_failure(group):
+        _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
+        refuse_forward_mode("gcl_loss", logit_scale, weights, *_tensors(lhs), *_tensors(rhs))
+        lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
+        logit_scale = local_tensor("logit_scale", logit_scale, group)
+        weights, labels = local_tensor("weights", weights, group), local_tensor("labels", labels, group)
+        lhs_ids, rhs_ids = local_tensor("lhs_ids", lhs_ids, group), local_tensor("rhs_ids", rhs_ids, group)
+        lhs_field_mask = local_tensor("lhs_field_mask", lhs_field_mask, group)
+        rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        x, y = left[0][1], right[0][1]
-        check_pair(x, y)
-        check_weights(weights, labels, x.shape[0], x.device)
-        if process_group is not None:
-            x, y, _, _ = check_inputs(x, y, logit_scale, labels, lhs_ids, rhs_ids, backend, distributed=True)
+        check_pair(left[0][1], right[0][1])
+        check_weights(weights, labels, len(left[0][1]), left[0][1].device)
+        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "distributed": group is not None}
+        of_fields = [
+            (u * v, Pairs.of(x, y, logit_scale, **inputs), (has_x, has_y))
+            for u, x, has_x in left
+            for v, y, has_y in right
+        ]
+        first = of_fields[0][1]
+        if group is not None:
+            backends.choose(backend, first.lhs.device, first.lhs.dtype)  # raises if there is no such backend
     ranks = None
-    if process_group is not None:
+    if group is not None:
         alike = {
             "directions": directions,
             "reduction": reduction,
@@ -122,51 +148,106 @@ def gcl_loss(
             "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
             "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
         }
-        ranks = distributed.agree(process_group, transport, x, y, logit_scale, labels, lhs_ids, alike)
+        ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
-    denominator = _denominator(weights, labels, x, reduction, ranks)
-    loss = x.new_zeros(())
-    for u, x, has_x in left:
-        for v, y, has_y in right:
-            visible = _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks)
-            pair = _row_losses(
-                x, y, logit_scale, weights, *visible, has_x, has_y,
-                DIRECTIONS[directions], label_smoothing, z_loss, None if denominator is None else u * v / denominator,
-                ranks, backend,
-            )  # fmt: skip
-            loss = loss + u * v * pair
-    if denominator is not None:
-        loss = loss.sum() / denominator
-    return loss.to(torch.promote_types(x.dtype, torch.float32))
+    divisor = denominator(weights, labels, first.lhs, reduction, ranks)
+    options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss)
+    loss = first.lhs.new_zeros(())
+    for share, pairs, present in of_fields:
+        factor = None if divisor is None else share / divisor
+        loss = loss + share * row_losses(pairs, present, weights, options, factor, ranks, backend)
+    if divisor is not None:
+        loss = loss.sum() / divisor
+    return loss.to(torch.promote_types(left[0][1].dtype, torch.float32))
 
 
 class GCLLoss(nn.Module):
-    """:func:`gcl_loss` of ranking scores: ``forward(lhs, rhs, scores, logit_scale)`` with ``w = score_to_weight(scores)``.
+    """`gcl_loss` of ranking scores: `forward(lhs, rhs, scores, logit_scale)` with `w = score_to_weight(scores)`.
 
     Args:
-        score_to_weight: name or callable; with ``s_max``, ``knots`` and ``normalize`` as in ``gcl_kernels.score_to_weight``.
-        Everything else: as in ``gcl_loss``.
+        score_to_weight: name or callable, as in `gcl_kernels.score_to_weight`, which also explains the next three.
+        s_max: the highest score.
+        knots: of `"piecewise"`.
+        normalize: `"mean"` divides by the mean weight: of the batch, with a process group of all ranks' batches.
+        lhs_field_weights: as in `gcl_loss`, like everything below.
+        rhs_field_weights: as in `gcl_loss`.
+        field_mode: as in `gcl_loss`.
+        directions: as in `gcl_loss`.
+        reduction: as in `gcl_loss`.
+        label_smoothing: as in `gcl_loss`.
+        z_loss: as in `gcl_loss`.
+        process_group: as in `gcl_loss`. A module with `"world"` can be pickled, copied and made before the group is; one with a
+            `ProcessGroup` cannot.
+        transport: as in `gcl_loss`.
+        backend: as in `gcl_loss`.
+
+    Raises:
+        TypeError, ValueError: an option that is wrong whatever the batch is refused here, everything else when called.
     """
 
     def __init__(
         self,
-        score_to_weight: str | ScoreToWeight = "linear",
+        score_to_weight: ScoreToWeightName | ScoreToWeight = "log",
         *,
         s_max: float = 100.0,
-        knots: Sequence[tuple[float, float]] | None = None,
-        normalize: str | None = None,
-        **options,
-    ):
+        knots: Knots | None = None,
+        normalize: WeightNormalization | None = None,
+        lhs_field_weights: FieldWeights = None,
+        rhs_field_weights: FieldWeights = None,
+        field_mode: FieldMode = "aggregate",
+        directions: Directions = "both",
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        process_group: ProcessGroupLike = None,
+        transport: Transport = "all_gather",
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__()
-        unknown = set(options) - OPTIONS
-        if unknown:
-            raise TypeError(f"GCLLoss: expected options among {sorted(OPTIONS)}, got {sorted(unknown)}")
-        # over a process group the mean weight is known only once all ranks have called
-        self.divide_by_mean_weight = normalize == "mean" and options.get("process_group") is not None
-        self.score_to_weight = _by_name(
-            score_to_weight, s_max=s_max, knots=knots, normalize=None if self.divide_by_mean_weight else normalize
-        )
-        self.options = options
+        self.weights_of = _by_name(score_to_weight, s_max=s_max, knots=knots, normalize=normalize)
+        _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
+        check_process_group(process_group)
+        check_choice("transport", transport, TRANSPORTS)
+        if backend is not None:
+            check_choice("backend", backend, BACKENDS)
+        for name, given in (("lhs_field_weights", lhs_field_weights), ("rhs_field_weights", rhs_field_weights)):
+            if given is not None:
+                fields = given if isinstance(given, Mapping) else range(len(given))
+                normalized_weights(name, given, [str(field) for field in fields])
+        self.lhs_field_weights = lhs_field_weights
+        self.rhs_field_weights = rhs_field_weights
+        self.field_mode: FieldMode = field_mode
+        self.directions: Directions = directions
+        self.reduction: Reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.process_group: ProcessGroupLike = process_group
+        self.transport: Transport = transport
+        self.backend: Backend | None = backend
+
+    # Read from the one function that uses them.
+
+    @property
+    def score_to_weight(self) -> ScoreToWeightName | ScoreToWeight:
+        return self.weights_of.function
+
+    @property
+    def s_max(self) -> float:
+        return self.weights_of.s_max
+
+    @property
+    def knots(self) -> Knots | None:
+        return self.weights_of.knots
+
+    @property
+    def normalize(self) -> WeightNormalization | None:
+        return self.weights_of.normalize
+
+    def extra_repr(self) -> str:
+        """The score function, and the options that differ from their defaults."""
+        options = list(inspect.signature(GCLLoss).parameters.values())
+        shown = [option for option in options[1:] if getattr(self, option.name) != option.default]
+        return ", ".join([repr(self.score_to_weight), *(f"{o.name}={getattr(self, o.name)!r}" for o in shown)])
 
     def forward(
         self,
@@ -182,13 +263,16 @@ class GCLLoss(nn.Module):
         rhs_field_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of scores (N,), or (N, P) beside labels (N, P); a score beside label -1 is not looked at."""
-        process_group = self.options.get("process_group")
-        with distributed.shared_failure(process_group):
-            check_tensor(
-                "scores", scores, (1, 2), (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
-            )
+        group = resolve_group(self.process_group)
+        with distributed.shared_failure(group):
+            scores = local_tensor("scores", scores, group)
+            labels = local_tensor("labels", labels, group)
+            check_tensor("scores", scores, (1, 2), (*DTYPES, torch.int64))
+            refuse_forward_mode("GCLLoss", scores)
             labelled = labels >= 0 if isinstance(labels, Tensor) and labels.shape == scores.shape else None
-            weights = self.score_to_weight(scores, labelled)
+            # over a process group the mean weight is known only once all ranks have called
+            weights_of = self.weights_of if group is None else self.weights_of.not_normalized
+            weights = weights_of(scores, labelled)
         loss = gcl_loss(
             lhs,
             rhs,
@@ -197,122 +281,55 @@ class GCLLoss(nn.Module):
             labels=labels,
             lhs_ids=lhs_ids,
             rhs_ids=rhs_ids,
+            lhs_field_weights=self.lhs_field_weights,
+            rhs_field_weights=self.rhs_field_weights,
             lhs_field_mask=lhs_field_mask,
             rhs_field_mask=rhs_field_mask,
-            **self.options,
+            field_mode=self.field_mode,
+            directions=self.directions,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            process_group=group,
+            transport=self.transport,
+            backend=self.backend,
         )
-        if not self.divide_by_mean_weight or self.options.get("reduction") == "weighted_mean":
+        if group is None or self.normalize is None or self.reduction == "weighted_mean":
             return loss  # a weighted mean does not depend on it
         count = weights.new_full((), weights.numel()) if labelled is None else labelled.sum().clamp(min=1)
-        total, count = distributed.total(torch.stack([weights.sum(), count.to(weights)]), process_group)
+        total, count = distributed.total(torch.stack([weights.sum(), count.to(weights)]), group)
         return loss * torch.where(total > 0, count / total, 1.0).to(loss.dtype)
 
+    if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
 
-OPTIONS = {
-    "lhs_field_weights",
-    "rhs_field_weights",
-    "field_mode",
-    "directions",
-    "reduction",
-    "label_smoothing",
-    "z_loss",
-    "process_group",
-    "transport",
-    "backend",
-}
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
 _by_name = score_to_weight  # inside GCLLoss the name is an argument
 
 
-class ClipLoss(nn.Module):
-    """Drop-in for ``open_clip.ClipLoss``: same constructor and forward arguments, same loss and gradients.
-
-    Constructor: ``local_loss, gather_with_grad, cache_labels, rank, world_size`` mean what they mean in open_clip;
-    ``cache_labels`` changes nothing here (no labels are made) and ``use_horovod=True`` is refused.
-
-    With ``world_size > 1``, over the default process group, each flag pair has open_clip's value and gradients on every rank,
-    without its N x N logits (N: all ranks' rows). What they mean, and what a rank does of the N^2 D work:
-
-    ======================= ================================= ======================== ===========================
-    local_loss, gather_...  value on rank r                   features' gradient       work; open_clip's
-    ======================= ================================= ======================== ===========================
-    False, False (default)  the loss L of all rows            dL, of its own rows      8 / world; 6, N^2 memory
-    False, True             L                                 world * dL               8 / world; 6, N^2 memory
-    True, False             L_r of its own rows and columns   dL_r, own rows only;     8 / world; 8
-                                                              others' are constants
-    True, True              L_r                               of the sum of all L_r    12 / world; 12
-    ======================= ================================= ======================== ===========================
-
-    DistributedDataParallel averages gradients, so True, True and False, True train as one process on the joined batch would;
-    the default divides the features' gradient, but not logit_scale's, by world. ``gcl_loss(..., process_group=)`` trains as
-    True, True does at 8 / world, and takes a ring.
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ):
-        super().__init__()
-        if use_horovod:
-            raise ValueError("use_horovod: expected False (torch.distributed is the only transport), got True")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """CLIP's symmetric cross-entropy of (N, D) features, float32 (float64 for float64 features).
-
-        ``logit_bias`` cancels in a softmax; it is accepted and gets the gradient 0. ``output_dict=True`` returns
-        ``{"contrastive_loss": loss}``.
-        """
-        if self.world_size == 1:
-            loss = gcl_loss(image_features, text_features, logit_scale)
-        else:
-            loss = self._distributed(image_features, text_features, logit_scale)
-        if logit_bias is not None:
-            loss = loss + 0.0 * logit_bias.sum()
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        if not self.local_loss:
-            return self._loss_of_all(image_features, text_features, logit_scale)
-        all_images, all_texts = self._gather(image_features), self._gather(text_features)
-        n = image_features.shape[0]
-        labels = torch.arange(n, device=image_features.device) + self.rank * n
-        images = gcl_loss(image_features, all_texts, logit_scale, labels=labels, directions="lhs_to_rhs")
-        texts = gcl_loss(text_features, all_images, logit_scale, labels=labels, directions="lhs_to_rhs")
-        return (images + texts) / 2
-
-    def _loss_of_all(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-        """Each rank's rows once, then the sum: what every rank of open_clip works out for itself."""
-        group = torch.distributed.group.WORLD
-        # open_clip's gathering adds the gradients of all ranks' copies of the loss, to features but not to logit_scale
-        copies = self.world_size if self.gather_with_grad else 1
-        if isinstance(logit_scale, Tensor):
-            logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
-        share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
-        return distributed.sum_values(share, copies, group)
-
-    def _gather(self, features: Tensor) -> Tensor:
-        """(world_size * N, D), of ``local_loss``; it has a gradient only under ``gather_with_grad``, as in open_clip."""
-        mine = features if self.gather_with_grad else features.detach()
-        return distributed.all_rows(mine, (len(mine),) * self.world_size, torch.distributed.group.WORLD, "features")
+def _check_options(field_mode: str, directions: str, reduction: str, label_smoothing: float, z_loss: float) -> None:
+    check_choice("directions", directions, DIRECTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("field_mode", field_mode, FIELD_MODES)
+    check_fraction("label_smoothing", label_smoothing, 1.0)
+    check_fraction("z_loss", z_loss, math.inf)
 
 
-def _side(name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: str, backend: str | None):
+def _tensors(side: Side) -> Iterable[object]:
+    return side.values() if isinstance(side, Mapping) else (side,)
+
+
+def _local_side(name: str, side: Side, group: ProcessGroup | None) -> Side:
+    if isinstance(side, Mapping):
+        return {field: local_tensor(f"{name}[{field}]", x, group) for field, x in side.items()}
+    return local_tensor(name, side, group)
+
+
+def _side(
+    name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: FieldMode, backend: Backend | None
+) -> list[tuple[float, Tensor, Tensor | None]]:
     """[(weight, (N, D) embedding, rows that have it or None)]: one entry, or one a field in pairwise mode."""
     if isinstance(side, Tensor):
         for argument, value in ((f"{name}_field_weights", weights), (f"{name}_field_mask", mask)):
@@ -336,138 +353,3 @@ def _unit_where(x: Tensor, present: Tensor | None) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     x_present = x if present is None else torch.where(present[:, None], x, 0.0)
     return unit(x_present.to(compute)).to(x.dtype)
-
-
-def _leave_out_absent(x, y, labels, lhs_ids, rhs_ids, has_x, has_y, ranks):
-    """(labels, lhs_ids, rhs_ids) under which rows and columns without the field are neither positives nor negatives.
-
-    Two more id channels say it: in one every row carries id 0 and so does every absent column (other columns -1, which
-    equals nothing); in the other it is the rows' turn.
-    """
-    if has_x is None and has_y is None:
-        return labels, lhs_ids, rhs_ids
-    check_labels(labels, x, y, ranks is not None)
-    check_ids(lhs_ids, rhs_ids, x, y)
-    n, m = x.shape[0], y.shape[0]
-    has_x = torch.ones(n, dtype=torch.bool, device=x.device) if has_x is None else has_x
-    has_y = torch.ones(m, dtype=torch.bool, device=y.device) if has_y is None else has_y
-    zero_if_absent = [torch.where(has, -1, 0) for has in (has_x, has_y)]
-    lhs_channels = torch.stack([torch.zeros_like(zero_if_absent[0]), zero_if_absent[0]], dim=1)
-    rhs_channels = torch.stack([zero_if_absent[1], torch.zeros_like(zero_if_absent[1])], dim=1)
-    if lhs_ids is not None and rhs_ids is not None:
-        lhs_channels = torch.cat([lhs_ids.reshape(n, -1), lhs_channels], dim=1)
-        rhs_channels = torch.cat([rhs_ids.reshape(m, -1), rhs_channels], dim=1)
-    if labels is None:
-        labels = torch.arange(n, device=x.device) + (0 if ranks is None else ranks.first_column)
-    if ranks is not None:
-        has_y = ranks.all_columns(has_y)
-    has_positive = has_y[labels.clamp(min=0)] & has_x.reshape(n, *[1] * (labels.ndim - 1))
-    return torch.where(has_positive, labels, -1), lhs_channels, rhs_channels
-
-
-def _row_losses(
-    x,
-    y,
-    logit_scale,
-    weights,
-    labels,
-    lhs_ids,
-    rhs_ids,
-    has_x,
-    has_y,
-    a,
-    label_smoothing,
-    z_loss,
-    factor,
-    ranks,
-    backend,
-) -> Tensor:
-    """(N,) l_i of one pair of sides, in the statistics' dtype. ``factor``: by which the caller adds them up, or None."""
-    n, m = x.shape[0], y.shape[0]
-    check_labels(labels, x, y, ranks is not None)
-    labels = None if labels is None else labels.reshape(n, -1)
-    column = None if labels is None else labels.clamp(min=0).to(torch.int64)
-    w = torch.ones((n, 1) if labels is None else labels.shape, device=x.device) if weights is None else weights
-    w = w.reshape(n, -1) if labels is None else torch.where(labels >= 0, w.reshape(n, -1), 0.0)
-    promise = None
-    if factor is not None and z_loss == 0 and ranks is None:
-        # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
-        g = w.detach().to(statistics_dtype(x.device)) * factor
-        g_row = a * g.sum(dim=1) if a > 0 else None
-        g_col = (1 - a) * _sum_by_column(g, column, m) if a < 1 else None
-        promise = g_row, g_col, (label_smoothing - 1) * g
-    row, col, positive = logsumexp_statistics(
-        x, y, logit_scale, labels, lhs_ids, rhs_ids,
-        want_row=a > 0, want_col=a < 1, promise=promise, ranks=ranks, backend=backend,
-    )  # fmt: skip
-    if lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
-        row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
-
-    def direction(lse: Tensor, mean: Tensor | None) -> Tensor:
-        loss = lse - positive
-        if mean is not None:
-            loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
-        return loss + z_loss * lse**2 if z_loss else loss
-
-    def at_labels(v: Tensor) -> Tensor:
-        if column is None:
-            return v[:n, None]
-        return v[column] if ranks is None else ranks.all_columns(v)[column]
-
-    scale = check_scale(logit_scale, x) if label_smoothing else None
-    loss = positive.new_zeros(())
-    if a > 0:
-        mean = None if scale is None else scale * _dot_mean(x, y, has_y, ranks)[:, None]
-        loss = loss + a * direction(row[:, None], mean)
-    if a < 1:
-        mean = None if scale is None else at_labels(scale * _dot_mean(y, x, has_x, ranks))
-        loss = loss + (1 - a) * direction(at_labels(col), mean)
-    loss = w.to(loss.dtype) * loss
-    if labels is not None:
-        loss = torch.where(labels >= 0, loss, 0.0)  # not 0 * NaN
-    return loss.sum(dim=1)
-
-
-def _sum_by_column(g: Tensor, column: Tensor | None, m: int) -> Tensor:
-    """(M,) sum of g (N, P) over the labels that name each column, in a fixed order."""
-    total = g.new_zeros(m)
-    if column is None:
-        total[: len(g)] = g[:, 0]
-        return total
-    return total.index_put((column,), g, accumulate=True)
-
-
-def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None, ranks: distributed.Ranks | None) -> Tensor:
-    """mean_j <x_i, y_j> over the columns present (an absent one is a zero vector), from the mean vector: O((N + M) D)."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    total = y.sum(dim=0, dtype=compute)
-    count = total.new_full((), y.shape[0]) if present is None else present.sum().to(compute)
-    if ranks is not None:
-        total, count = ranks.total(total), ranks.total(count)
-    return (x.to(compute) * (total / count.clamp(min=1))).sum(dim=1)
-
-
-def _denominator(
-    weights: Tensor | None, labels: Tensor | None, x: Tensor, reduction: str, ranks: distributed.Ranks | None
-) -> float | Tensor | None:
-    """What the sum of this rank's l_i is divided by; None for reduction "none"."""
-    if reduction == "none":
-        return None
-    if reduction == "sum":
-        total = 1.0
-    elif reduction == "mean":
-        total = x.shape[0] if ranks is None else ranks.n
-    else:
-        total = _total_weight(weights, labels, x)
-        total = total if ranks is None else ranks.total(total)
-        total = torch.where(total > 0, total, 1.0)
-    return total if ranks is None else total / ranks.world
-
-
-def _total_weight(weights: Tensor | None, labels: Tensor | None, x: Tensor) -> Tensor:
-    """Of the labelled entries, 0-d in the statistics' dtype."""
-    kind = statistics_dtype(x.device)
-    if weights is None:
-        return x.new_full((), x.shape[0], dtype=kind) if labels is None else (labels >= 0).sum().to(kind)
-    weights = weights.to(kind)
-    return (weights if labels is None else torch.where(labels >= 0, weights, 0.0)).sum()

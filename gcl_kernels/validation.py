@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
+
+from .backends.settings import debug
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -15,10 +16,6 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 def may_read(x: Tensor) -> bool:
     """Whether values may be looked at: not under torch.compile, and on a device other than the CPU only in debug mode."""
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or debug())
-
-
-def debug() -> bool:
-    return os.environ.get("GCL_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def check_tensor(name: str, x: object, ndim: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

@@ -15,7 +15,7 @@ class PairwiseLSE(NamedTuple):
     positive: Tensor  # shaped as labels: s[i, t_i], 0 where t_i = -1
 
 
-def diagonal_labels(n: int, device: torch.device | None = None) -> Tensor:
+def diagonal_labels(n: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device)
 
 
@@ -124,10 +124,10 @@ def gcl_loss(
     columns (rows), hidden or not. ``field_mode="pairwise"``: l_i is the sum over field pairs (f, g) of beta_fg l_i(L_f, R_g),
     beta_fg = u_f v_g with u and v the field weights of each side divided by their sum.
     """
-    n = count_rows(lhs)
-    device = labels.device if labels is not None else None
-    labels = torch.arange(n, device=device) if labels is None else labels
-    weights = torch.ones(labels.shape) if weights is None else weights
+    some = next(iter(lhs.values())) if isinstance(lhs, Mapping) else lhs
+    n = some.shape[0]
+    labels = diagonal_labels(n, some.device) if labels is None else labels
+    weights = some.new_ones(labels.shape) if weights is None else weights
 
     if field_mode == "aggregate":
         lhs = aggregate_fields(lhs, lhs_field_weights, mask=lhs_field_mask) if isinstance(lhs, Mapping) else lhs
@@ -142,7 +142,7 @@ def gcl_loss(
         ]
 
     a = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}[directions]
-    loss = torch.zeros(n)
+    loss = some.new_zeros(n)
     for beta, x, y, has_x, has_y in pairs:
         # a row whose field is absent is neither a query nor a negative: it leaves the batch
         keep = torch.where(has_y, torch.cumsum(has_y, 0) - 1, -1)  # old column -> new column
@@ -180,10 +180,6 @@ def one_pair_loss(x, y, logit_scale, weights, labels, ids, a, label_smoothing, z
     if a < 1:
         loss = loss + (1 - a) * direction(col[column], s.mean(dim=0)[column])
     return torch.where(labels >= 0, weights * loss, 0.0).sum(dim=1)
-
-
-def count_rows(side: Tensor | Mapping[str, Tensor]) -> int:
-    return (next(iter(side.values())) if isinstance(side, Mapping) else side).shape[0]
 
 
 def all_rows(x: Tensor) -> Tensor:

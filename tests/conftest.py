@@ -1,5 +1,4 @@
 import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,14 @@ settings.register_profile("properties", max_examples=2000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 
-@pytest.fixture
-def two_ranks(tmp_path):
-    """Runs ``function(rank)`` in two gloo processes; returns their results."""
+@pytest.fixture(scope="session")
+def pool():
+    """Ranks of gloo groups that wait for what to do."""
+    from tests.distributed.pool import Pool
 
-    def run(function):
-        torch.multiprocessing.spawn(_rank, (function, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-        return [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
-
-    return run
-
-
-def _rank(rank, function, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        result = function(rank)
-    finally:
-        torch.distributed.destroy_process_group()
-    expect_no_gloo_threads()
-    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 def expect_no_gloo_threads():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gcl_kernels import backends, env
+from gcl_kernels.backends import choice
 
 
 def test_reports_versions_devices_and_settings(monkeypatch):
@@ -20,14 +21,17 @@ def test_reports_versions_devices_and_settings(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "has_triton", "reason"),
-    [(torch.float64, True, "float32"), (torch.bfloat16, False, "cannot be imported"), (torch.bfloat16, True, "sm_90")],
+    ("dtype", "broken", "expected"),
+    [
+        (torch.float64, None, "torch: its tiles are float32"),
+        (torch.bfloat16, "it is broken", "torch: it is broken"),
+        (torch.bfloat16, None, "triton: the device is CUDA or HIP; launch configuration of sm_90"),
+    ],
 )
-def test_says_why_a_backend_is_chosen(dtype, has_triton, reason, monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setattr(backends, "HAS_TRITON", has_triton)
+def test_says_why_a_backend_is_chosen(dtype, broken, expected, monkeypatch):
+    monkeypatch.setattr(choice, "why_not_triton", lambda: broken)
     monkeypatch.setattr(backends, "architecture", lambda device: (9, 0))
-    assert reason in env.choice(torch.device("cuda"), dtype)
+    assert env.choice(torch.device("cuda"), dtype).startswith(expected)
 
 
 def test_a_package_that_is_absent_is_named():

@@ -1,6 +1,6 @@
 """What only a GPU can show: large odd shapes, more than 2^31 logits, peak memory, no synchronisation, equal bits.
 
-Under ``TRITON_INTERPRET=1`` the comparisons run on a CPU, at toy sizes, so that they are known to work before they meet a GPU.
+Under `TRITON_INTERPRET=1` the comparisons run on a CPU, at toy sizes, so that they are known to work before they meet a GPU.
 """
 
 import os
@@ -11,16 +11,16 @@ import torch
 import reference
 from gcl_kernels import ClipLoss, GCLLoss, backends, pairwise_logsumexp, plan, testing
 from gcl_kernels.chips import CHIPS
+from tests.oracle import DTYPES, NAMES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
-NAMES = ("row", "col", "positive", "dlhs", "drhs", "dscale")
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a CUDA or HIP device, or TRITON_INTERPRET=1"),
-    pytest.mark.skipif(not backends.HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.skipif(backends.why_not_triton() is not None, reason="Triton does not work here"),
     # numpy says so when the interpreter computes past an end what is then dropped
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
@@ -36,11 +36,12 @@ def batch(n, m, d, dtype, scale=100 / 7):
     return *(v.to(dtype).requires_grad_() for v in (x, y)), torch.tensor(scale, device=DEVICE).requires_grad_()
 
 
-def in_float64(inputs):
-    return [x.detach().double().requires_grad_() for x in inputs]
+def in_float64(function, inputs):
+    """The oracle without N x M memory: the torch backend, which is as exact as the dense reference in float64."""
+    return testing.in_float64(lambda *x: function(*x, backend="torch"), inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "ids and labels"])
 def test_large_odd_shapes(dtype, masked):
     n, m, d = (20_001, 23_457, 769) if ON_GPU else (37, 53, 19)
@@ -52,16 +53,13 @@ def test_large_odd_shapes(dtype, masked):
             for name, high, k in (("labels", m, n), ("lhs_ids", n // 4, n), ("rhs_ids", n // 4, m))
         }
 
-    def results(of, *arguments, **more):
-        return testing.value_and_gradients(lambda: of(*arguments, **options, **more), arguments)
+    def ours(*x, **more):
+        return pairwise_logsumexp(*x, **options, **more)
 
-    actual = results(pairwise_logsumexp, *inputs, backend="triton")
-    exact = results(pairwise_logsumexp, *in_float64(inputs), backend="torch")
-    dense = results(reference.pairwise_logsumexp, *inputs)
-    luck = 1.25 if ON_GPU else 4.0  # errors of a handful of numbers average over nothing
-    testing.assert_as_accurate(actual[:5], [dense[:5]], exact[:5], NAMES, factor=luck, floor=2e-6)
-    # one number, off by the roundings of every entry of G: one dense evaluation is no measure of that
-    testing.assert_as_accurate(actual[5:], [dense[5:]], exact[5:], NAMES[5:], floor=torch.finfo(dtype).eps)
+    actual = testing.value_and_gradients(lambda: ours(*inputs, backend="triton"), inputs)
+    dense = testing.dense_forms(lambda *x: reference.pairwise_logsumexp(*x, **options), inputs)
+    floor = testing.FLOOR + testing.luck(*inputs)
+    testing.assert_as_accurate(actual, dense, in_float64(ours, inputs), NAMES, floor)
 
 
 @real_gpu
@@ -71,12 +69,11 @@ def test_more_logits_than_32_bits_count():
     inputs = batch(n, m, d, torch.bfloat16)
     labels = torch.arange(n, device=DEVICE).flip(0).clamp(max=m - 1)  # the last rows' positives are the first columns
 
-    def results(arguments, backend):
-        return testing.value_and_gradients(
-            lambda: pairwise_logsumexp(*arguments, labels=labels, backend=backend), arguments
-        )
+    def ours(*x, **more):
+        return pairwise_logsumexp(*x, labels=labels, **more)
 
-    actual, exact = results(inputs, "triton"), results(in_float64(inputs), "torch")
+    actual = testing.value_and_gradients(lambda: ours(*inputs, backend="triton"), inputs)
+    exact = in_float64(ours, inputs)
     rounding = torch.finfo(torch.bfloat16).eps
     for name, a, b in zip(NAMES, actual, exact, strict=True):
         assert testing.relative_error(a, b) < (1e-5 if name in ("row", "col", "positive") else 2 * rounding), name
@@ -98,7 +95,7 @@ def test_peak_memory_is_the_budget_and_as_predicted(n, d):
     extra = torch.cuda.max_memory_allocated() - before - sum(x.grad.nbytes for x in inputs)
     assert extra <= backends.workspace_bytes() + 2 * n * (5 * d + 200)  # accumulators in float32, vectors
     assert extra < 600e6
-    predicted = plan.ours(plan.Problem.of_batch(n, d, "bf16"), CHIPS["h200"]).extra_memory
+    predicted = plan.ours(plan.Sizes.of_batch(n, d, "bf16"), CHIPS["h200"]).extra_memory
     if torch.cuda.get_device_capability()[0] == 9:  # whose tiles these are
         assert predicted == pytest.approx(extra, rel=0.15)
 

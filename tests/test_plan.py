@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import memory
-from gcl_kernels import plan
+from gcl_kernels import backends, plan
+from gcl_kernels.backends import Lines, Need, Want
+from gcl_kernels.backends.triton import launch, run
 from gcl_kernels.chips import CHIPS, DTYPES, Reach
-from gcl_kernels.plan import Problem
+from gcl_kernels.pairs import Pairs
+from gcl_kernels.plan import Sizes, gpu
+from tests.counting import Operators, Products
 
 H200 = CHIPS["h200"]
 CPU = dataclasses.replace(H200, family=None)  # memory does not ask for a rate
 MIB = 2**20
-needs_triton = pytest.mark.skipif(not plan.backends.HAS_TRITON, reason="Triton is not installed")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -30,46 +34,85 @@ def test_memory_on_a_cpu_as_measured(case, monkeypatch):
     assert memory.predicted(case, CPU) == pytest.approx(memory.measured(case), rel=0.15)
 
 
-@needs_triton
 @pytest.mark.parametrize(
     ("n", "m", "d", "dtype"),
     [
         (4096, 4096, 768, "bf16"),
-        (65_536, 65_536, 768, "bf16"),
         (65_536, 65_536, 760, "fp16"),
         (8192, 65_536, 512, "bf16"),
         (16_384, 16_384, 256, "fp32"),
     ],
 )
-def test_triton_as_its_launch_code_does(n, m, d, dtype):
-    """Chunks, products and memory of the launch code itself, run on tensors without memory."""
-    from .tracing import trace_step
+def test_phases_are_those_of_the_launch_code(n, m, d, dtype):
+    """Chunks, kernels and products of the launch code itself, run on tensors without memory."""
+    p = plan.Sizes(n, m, d, dtype)
+    kernels, tile_logits, chunks = Counter(), Counter(), []
 
-    p = Problem(n, m, d, dtype)
-    config = plan.launch_config(p, H200)
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    forward, backward = trace_step(n, m, d, torch_dtype, config)
-    prediction = plan.ours(p, H200)
-    padded_d = -(-d // 16) * 16
-    assert forward.tile_logits == backward.tile_logits == n * m
-    assert backward.product_flops == 4 * n * m * padded_d
+    def note(kernel, programs, **arguments):
+        kernels[kernel] += 1
+        if kernel != "merge_partials":
+            tile_logits[kernel] += arguments["n"] * arguments["m"]
+        if kernel == "backward_tile":
+            chunks.append((arguments["n"], arguments["m"]))
+
+    lhs, rhs = (torch.empty(k, d, dtype=p.torch_dtype, device="meta") for k in (n, m))
+    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"))
+    with (
+        backends.settings(config=plan.launch_config(p, H200)),
+        run.replaced_by(note),
+        Products() as products,
+        Operators() as made,
+    ):
+        statistics = launch.forward(pairs, Want(True, True))
+        launch.backward(pairs, statistics, Lines(*map(torch.empty_like, statistics)), Need(True, True, True))
+    prediction, padded_d = plan.ours(p, H200), -(-d // 16) * 16
+    assert set(tile_logits.values()) == {n * m}
+    assert products.flops == 4 * n * m * padded_d
     assert prediction.flops == 8 * n * m * d
-    assert prediction.remark == (
-        f"G in {backward.kernels['backward_tile']:,} of {' x '.join(f'{k:,}' for k in backward.largest_gradient)}, "
-        f"forward in {forward.kernels['forward_tile']:,} of {plan.triton_launch().forward_chunk(n, m, config.forward):,} rows"
-    )
-    extra = max(forward.peak, backward.peak - plan.gradients(p))
-    assert prediction.extra_memory == pytest.approx(extra, rel=0.1)
-    # the loss's own operators and autograd's are not in the trace
-    chunks = backward.kernels["backward_tile"]
-    operators = plan.FORWARD_OPERATORS + plan.BACKWARD_OPERATORS + plan.OPERATORS_A_TILE * chunks
-    operators += plan.OPERATORS_A_CHUNK * -(-n // backward.largest_gradient[0])
-    assert operators == pytest.approx(forward.operators + backward.operators, rel=0.15)
+    assert f"G in {len(chunks):,} of {' x '.join(f'{k:,}' for k in max(chunks))}" in prediction.remark
+    assert f"forward in {kernels['forward_tile']:,} of" in prediction.remark
+    # the loss's own operators and autograd's are not among these
+    operators = gpu.FORWARD_OPERATORS + gpu.BACKWARD_OPERATORS + gpu.OPERATORS_A_TILE * len(chunks)
+    operators += gpu.OPERATORS_A_CHUNK * -(-n // max(chunks)[0])
+    assert operators == pytest.approx(made.count, rel=0.15)
 
 
-@needs_triton
+def test_the_peak_of_few_chunks_is_that_of_all(monkeypatch):
+    """`plan` runs the first two chunks and the last of each loop."""
+    from gcl_kernels.plan import trace
+
+    p = plan.Sizes(8192, 8192, 256, "bf16")
+    peaks = {}
+    for few in (True, False):
+        monkeypatch.setattr(
+            trace, "settings", lambda few=few, **given: backends.settings(**{**given, "few_chunks": few})
+        )
+        trace._peaks.cache_clear()
+        monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "2")
+        peaks[few] = trace.peak_memory(p, plan.launch_config(p, H200), False)
+    trace._peaks.cache_clear()
+    assert peaks[True] == peaks[False]
+
+
+def test_one_direction_in_one_pass_holds_whole_lines():
+    both, one = (plan.Sizes(65_536, 65_536, 768, "bf16", directions=k) for k in (2, 1))
+    assert plan.ours(one, H200).flops == 6 * 65_536**2 * 768
+    accumulators = 4 * 2 * 65_536 * 768
+    budget = backends.workspace_bytes()
+    assert plan.ours(one, H200).extra_memory == pytest.approx(budget + accumulators, rel=0.25)
+    assert plan.ours(both, H200).extra_memory < budget + 2 * accumulators
+
+
+def test_a_gpu_is_planned_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from gcl_kernels import plan; plan.main()"
+    options = ["--batch", "65536", "--dim", "768", "--device", "h200"]
+    result = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ours, triton" in result.stdout
+
+
 def test_ranks_share_the_work_and_hold_all_columns(monkeypatch):
-    one, eight = (Problem.of_batch(65_536, 768, "bf16", world_size) for world_size in (1, 8))
+    one, eight = (Sizes.of_batch(65_536, 768, "bf16", world_size) for world_size in (1, 8))
     assert plan.ours(eight, H200).flops == plan.ours(one, H200).flops / 8 == 65_536**2 * 768
     assert plan.dense(eight, H200).flops == 12 * 65_536**2 * 768 / 8
     assert eight.gathered == 7 / 8 * 65_536 * 768 * 2
@@ -94,29 +137,27 @@ def test_ranks_share_the_work_and_hold_all_columns(monkeypatch):
     st.sampled_from((1, 8)),
 )
 @settings(max_examples=60)
-@needs_triton
 def test_more_work_is_never_predicted_to_be_less(predict, chip, dtype, log2_n, d, world_size):
-    p = Problem.of_batch(2**log2_n, d, dtype, world_size)
+    p = Sizes.of_batch(2**log2_n, d, dtype, world_size)
     small, large = predict(p, chip), predict(dataclasses.replace(p, n=2 * p.n, m=2 * p.m), chip)
     wide = predict(dataclasses.replace(p, d=2 * d), chip)
     assert small.extra_memory >= 0
     for more in (large, wide):
         assert more.flops > small.flops
         assert more.serial(chip) >= small.serial(chip) >= small.overlapped(chip) > 0
-    if chip is not CPU or predict is plan.dense:  # a larger plane may be one of which nothing is kept
+    if chip is not CPU or predict is plan.dense:  # a larger plane may be one of which nothing is stored
         assert large.extra_memory >= 0.9 * small.extra_memory
     slower = dataclasses.replace(chip, half=chip.half / 2, tf32=chip.tf32 / 2, fp32=chip.fp32 / 2)
     assert predict(p, slower).serial(slower) > small.serial(chip)
 
 
-@needs_triton
 def test_the_largest_batch_fits_and_the_next_does_not():
-    p = Problem.of_batch(1, 768, "bf16", 2)
+    p = Sizes.of_batch(1, 768, "bf16", 2)
     for predict in (plan.ours, plan.dense):
         largest = plan.largest_batch(predict, p, H200, 20e9)
 
         def needed(batch, predict=predict):
-            q = Problem.of_batch(batch, 768, "bf16", 2)
+            q = Sizes.of_batch(batch, 768, "bf16", 2)
             return q.inputs_and_gradients + predict(q, H200).extra_memory
 
         assert largest % 512 == 0
@@ -124,16 +165,16 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert plan.largest_batch(plan.dense, p, H200, 1e3) == 0
 
 
-def test_kept_tiles_follow_the_budget(monkeypatch):
-    p = Problem.of_batch(8192, 64, "fp32")
-    kept = {}
+def test_stored_tiles_follow_the_budget(monkeypatch):
+    p = Sizes.of_batch(8192, 64, "fp32")
+    stored = {}
     for budget in (1, 16, 64, 256, 1024):
         monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", str(budget))
-        kept[budget] = plan.kept_tiles(p)
-    assert kept == {1: 0, 16: 0, 64: 14, 256: 62, 1024: 64}
-    assert plan.by_torch(p, CPU).flops == 6 * 8192**2 * 64
+        stored[budget] = plan.stored_tiles(p)
+    assert stored == {1: 0, 16: 0, 64: 14, 256: 62, 1024: 64}
+    assert plan.on_cpu(p, CPU).flops == 6 * 8192**2 * 64
     monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
-    assert plan.by_torch(p, CPU).flops == 8 * 8192**2 * 64
+    assert plan.on_cpu(p, CPU).flops == 8 * 8192**2 * 64
 
 
 def test_rates_of_a_chip_follow_from_its_clock():
@@ -144,7 +185,6 @@ def test_rates_of_a_chip_follow_from_its_clock():
         assert chip.rate("bf16") == chip.rate("fp16") == chip.half
 
 
-@needs_triton
 def test_command():
     command = [sys.executable, "-m", "gcl_kernels.plan", "--batch", "4096", "--dim", "64", "--dtype", "bf16"]
     result = subprocess.run([*command, "--device", "h200"], capture_output=True, text=True, check=False)
@@ -159,7 +199,7 @@ def test_this_cpu(capsys):
     out = capsys.readouterr().out
     assert out.startswith(plan.LABEL)
     assert "measured just now" in out
-    assert "tiles of 1,024 x 1,024, 2 of 2 kept" in out
+    assert "tiles of 1,024 x 1,024, 2 of 2 stored" in out
     assert "exchange between ranks is not" in out
 
 
@@ -171,7 +211,6 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-@needs_triton
 def test_what_is_expected_of_a_chip_is_a_parameter(capsys):
     whole = ["--batch", "65536", "--dim", "768", "--device", "h200"]
     plan.main(whole)

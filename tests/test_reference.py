@@ -91,3 +91,33 @@ def test_aggregation_by_hand():
         {"title": title, "image": image}, {"title": 0.1, "image": 0.9}, mask=mask, normalize=False
     )
     torch.testing.assert_close(actual, torch.tensor([[0.06, 0.98], [0.9, 0.1], [1.0, 0.0]]))
+
+
+def everything(x, y, w, mask, ids):
+    """One result for each branch of ``reference`` that makes a tensor of its own."""
+    left, right = {"a": x, "b": y}, {"t": y}
+    scale, weights = x.new_tensor(2.0), {"a": 1.0, "b": 3.0}
+    yield from reference.pairwise_logsumexp(x, y, scale)
+    yield from reference.pairwise_logsumexp(x, y, scale, lhs_ids=ids, rhs_ids=ids)
+    yield reference.aggregate_fields(left, weights, mask=mask)
+    yield reference.aggregate_fields(left)
+    yield from (reference.score_to_weight(name, w) for name in ("constant", "linear", "inverse", "inverse_sqrt", "log"))
+    for reduction in ("mean", "weighted_mean", "sum", "none"):
+        yield reference.gcl_loss(x, y, scale, reduction=reduction)
+        yield reference.gcl_loss(x, y, scale, weights=w, lhs_ids=ids, rhs_ids=ids, reduction=reduction)
+        for field_mode in ("aggregate", "pairwise"):
+            options = {"lhs_field_weights": weights, "lhs_field_mask": mask, "field_mode": field_mode}
+            yield reference.gcl_loss(left, right, scale, weights=w, reduction=reduction, **options)
+            yield reference.gcl_loss(left, right, scale, reduction=reduction, field_mode=field_mode)
+
+
+def test_every_tensor_is_made_on_the_device_of_the_embeddings():
+    x, y, w = numbers(N, D), numbers(N, D, seed=1), torch.rand(N, dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False], [True, True], [False, True]])
+    ids = torch.tensor([7, -1, 7, 8])
+    expected = list(everything(x, y, w, mask, ids))
+    # The embeddings stay on the CPU and the default device becomes another one, which computes nothing: what is made
+    # without naming a device is found out on any machine.
+    with torch.device("meta"):
+        actual = list(everything(x, y, w, mask, ids))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

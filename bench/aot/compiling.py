@@ -1,4 +1,7 @@
-"""Compiles one kernel ahead of time, for a chip that need not be present, as the library would launch it."""
+"""Compiles one kernel ahead of time, for a chip that need not be present, as the library would launch it.
+
+The launch code itself says with what: it runs on tensors without memory, and its launches are recorded.
+"""
 
 from __future__ import annotations
 
@@ -6,113 +9,106 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.aot.grid import BACKWARD_OPTIONS, FORWARD_OPTIONS, VARIANTS, Case
+from bench.aot.grid import Case
 from bench.cases import SHORT_NAMES
-from gcl_kernels.backends.triton import fields, kernels, launch
+from gcl_kernels.backends import Lines, Mean, Need, Want, settings
+from gcl_kernels.backends import triton as backend
+from gcl_kernels.backends.triton import field_kernels, fields, kernels, run, softmax
 from gcl_kernels.backends.triton.config import row_block
+from gcl_kernels.pairs import Pairs
 
-POINTERS = {
-    "p_scale": "*fp32",
-    "p_labels": "*i32",
-    "p_lhs_ids": "*i32",
-    "p_rhs_ids": "*i32",
-    "p_total": "*fp64",
-    "p_skip": "*i32",
-}
-
-# what `launch.operand` guarantees, and the compiler is told at launch: multiples of 16
-ALIGNED_SIZES = (
-    "d",
-    "lhs_stride",
-    "rhs_stride",
-    "gradient_stride",
-    "kept_stride",
-    "row_line_stride",
-    "col_line_stride",
-    "lhs_ids_stride",
-    "rhs_ids_stride",
-)
+TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.bool: "i1"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LINES = 1024
 
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
-    """Compile one kernel as `launch` and `fields` would launch it."""
-    kernel = getattr(fields if case.of_fields else kernels, case.kernel)
-    if case.of_fields:
-        types, constants = field_arguments(case)
-    elif case.of_tiles:
-        types, constants = tile_arguments(case)
-    else:
-        types, constants = {}, {"BLOCK_TILES": launch.MERGE_TILES, "BLOCK_LINES": launch.MERGE_LINES, "num_warps": 4}
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    signature, attributes = {}, {}
-    literals: dict[Any, Any] = dict(constants)
-
-    def declare(kind: Any, path: tuple[int, ...]) -> Any:
-        """The compiler's word for an argument's type, which is "type", "type:16" (a multiple of 16), "type:1" (always 1), or
-        a tuple of them."""
-        if isinstance(kind, tuple):
-            return tuple(declare(part, (*path, position)) for position, part in enumerate(kind))
-        name, _, hint = kind.partition(":")
-        if hint == "16":
-            attributes[path] = [["tt.divisibility", 16]]
-        if hint == "1":
-            literals[path] = 1
-        return "constexpr" if hint == "1" else name
-
-    for position, name in enumerate(kernel.arg_names):
-        default = f"{POINTERS.get(name, '*fp32')}:16" if name.startswith("p_") else "i32"
-        signature[name] = "constexpr" if name in constants else declare(types.get(name, default), (position,))
-    source = ASTSource(kernel, signature, literals, attributes)
+    kernel = getattr(field_kernels if case.of_fields else kernels, case.kernel)
+    arguments = launched(case)
+    options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
+    signature, attributes, constants = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constants[name] = getattr(softmax, value) if name in run.FUNCTIONS and value is not None else value
+        else:
+            specialized = not parameter.do_not_specialize
+            signature[name] = declared(value, (parameter.num,), specialized, attributes, constants)
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget(*case.family.target), options=options)
 
 
-def tile_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Types of what is not a pointer to float32 or a plain number, and the constants."""
-    tile, descriptors, backward = case.tile, case.config.descriptors, case.kernel == "backward_tile"
-    element = SHORT_NAMES[case.dtype]
-    blocks = {"lhs": (tile.rows, tile.d), "rhs": (tile.cols, tile.d), "gradient": (tile.rows, tile.stored_cols)}
-    blocks["kept"] = blocks["gradient"]
-    options = {**(BACKWARD_OPTIONS if backward else FORWARD_OPTIONS), "HALVES": tile.halves}
-    names = {*options, "WHOLE_D"}
-    constants = {
-        **launch.tile_constants(tile, descriptors, case.d),
-        **options,
-        **{k: v for k, v in VARIANTS[case.variant].items() if k in names},
-        "WIDEN": False,
-        "PRECISION": case.precision,
-        "FULL_SCALE": case.dtype == torch.float32,
-    }
-    types = {
-        **{name: f"tensordesc<{element}{list(b)}>" if descriptors else f"*{element}:16" for name, b in blocks.items()},
-        **dict.fromkeys(ALIGNED_SIZES, "i32:16"),
-    }
-    if not constants.get("KEEP"):
-        types["kept"] = "*fp32:16"  # what stands in for it
-    return types, constants
+def declared(value: Any, path: tuple[int, ...], specialized: bool, attributes: dict, constants: dict) -> Any:
+    """The compiler's word for an argument's type, and what it is told of its value: as at a launch, that it is a multiple of
+    16 or always 1. Buffers start on 16 bytes (`operands.operand`, `operands.PAD`)."""
+    if isinstance(value, tuple):
+        parts = enumerate(value)
+        return tuple(declared(part, (*path, i), specialized, attributes, constants) for i, part in parts)
+    if value is None or (specialized and isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, run.Block):
+        return f"tensordesc<{TYPES[value.tensor.dtype]}[{value.rows}, {value.cols}]>"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, Tensor) or (specialized and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
 
 
-def field_arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    options, hint = case.field_options, ":16" if case.field_options["aligned"] else ""
-    n_fields, element = options["n_fields"], SHORT_NAMES[case.dtype]
-    strides = (f"i32{hint}", "i32:1")
-    types = {
-        "fields": (f"*{element}:16",) * n_fields,
-        "gradients": (f"*{element}:16",) * n_fields,
-        "p_out": f"*{element}:16",
-        "p_g": f"*{element}:16",
-        "p_mask": "*i1:16",
-        "d": f"i32{hint}",
-        "strides": (strides,) * n_fields,
-        "g_strides": strides,
-        "mask_strides": ("i32", "i32:1"),
-        "weights": ("fp32",) * n_fields,
-    }
-    constants = {
-        **fields.block_constants(row_block(case.d, case.family.target[2])),
-        **{name: options[name] for name in ("HAS_MASK", "NORMALIZE_FIELDS", "NORMALIZE")},
-        **({"NEED": (True,) * n_fields} if case.kernel == "aggregate_backward" else {}),
-    }
-    return types, constants
+def launched(case: Case) -> dict[str, Any]:
+    """What the launch code passes to the case's kernel."""
+    found: list[dict[str, Any]] = []
+
+    def note(kernel: str, programs: int, **arguments: Any) -> None:
+        if kernel == case.kernel:
+            found.append(arguments)
+
+    with settings(config=case.config), run.replaced_by(note):
+        if case.of_fields:
+            launch_fields(case)
+        else:
+            launch_tiles(case)
+    arguments = found[0]
+    # what depends on the chip and on the process's settings
+    if case.of_fields:
+        arguments |= fields.block_constants(row_block(case.d, case.family.target[2]))
+    elif case.of_tiles:
+        arguments["PRECISION"] = case.precision
+    return arguments
+
+
+def launch_tiles(case: Case) -> None:
+    options = case.options
+    d = case.d + 16 if options.get("tail") else case.d
+    lhs, rhs = (torch.empty(LINES, d, dtype=case.dtype, device="meta") for _ in range(2))
+    labels, ids = (
+        torch.empty(LINES, k, dtype=torch.int64, device="meta") if k else None
+        for k in (options.get("labels"), options.get("channels"))
+    )
+    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"), labels, ids, ids)
+    want, need = Want(*options.get("want", (True, True))), Need(True, True, True)
+    shapes = LINES, LINES, (LINES, pairs.positives)
+    lines = Lines(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))
+    lines = lines._replace(row=lines.row if want.row else None, col=lines.col if want.col else None)
+    if options.get("stored"):
+        backend.forward_with_gradient(pairs, lines, need)
+    elif case.kernel == "backward_tile":
+        backend.backward(pairs, lines, lines, need)
+    else:
+        backend.forward(pairs, want)
+
+
+def launch_fields(case: Case) -> None:
+    options = case.field_options
+    n_fields, d = options["n_fields"], case.d - (0 if options["aligned"] else 1)
+    x = [torch.empty(LINES, d, dtype=case.dtype, device="meta") for _ in range(n_fields)]
+    mask = torch.empty(LINES, n_fields, dtype=torch.bool, device="meta") if options["mask"] else None
+    mean = Mean([0.5] * n_fields, options["normalize"], options["normalize"])
+    out, norms = backend.aggregate_fields(x, mask, mean)
+    backend.aggregate_fields_backward(x, mask, mean, norms, out, [True] * n_fields)

@@ -10,42 +10,40 @@ from typing import Any
 import torch
 
 from bench.cases import SHORT_NAMES
-from gcl_kernels.backends.triton import launch
-from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, Tile, row_block
+from gcl_kernels.backends.triton import partials
+from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, TileShape, row_block
 
 DIMENSIONS = (64, 256, 512, 768, 1024, 1280)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRID_FAMILIES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
-# What `launch.input_precision` may ask of float32 products.
+# What `operands.input_precision` may ask of float32 products.
 PRECISIONS = {"cuda": ("ieee", "tf32", "tf32x3"), "hip": ("ieee", "bf16x3")}
 
-# The options that change machine code; the first is what CLIP training runs, and what has to be free of spills on every chip.
-FORWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "WANT_ROW": True, "WANT_COL": True, "KEEP": False}
-BACKWARD_OPTIONS = {"LABELS": 0, "CHANNELS": 0, "HAS_ROW": True, "HAS_COL": True}
+# What changes machine code; the first is what CLIP training runs, and what has to be free of spills on every chip.
 VARIANTS = {
     "": {},
-    "labels": {"LABELS": 1},
-    "ids": {"CHANNELS": 1},
-    "3 labels": {"LABELS": 3},
-    "ids+labels": {"LABELS": 3, "CHANNELS": 2},
-    "rows only": {"WANT_COL": False, "HAS_COL": False},
-    "columns only": {"WANT_ROW": False, "HAS_ROW": False},
-    "rows kept": {"WANT_COL": False, "KEEP": True},  # of the forward: one direction in one pass
-    "columns kept": {"WANT_ROW": False, "KEEP": True},
-    "ids kept": {"WANT_COL": False, "KEEP": True, "CHANNELS": 1},
-    "D tail": {"WHOLE_D": False},
+    "labels": {"labels": 1},
+    "ids": {"channels": 1},
+    "3 labels": {"labels": 3},
+    "ids+labels": {"labels": 3, "channels": 2},
+    "rows only": {"want": (True, False)},
+    "columns only": {"want": (False, True)},
+    "rows stored": {"want": (True, False), "stored": True},  # of the forward: one direction in one pass
+    "columns stored": {"want": (False, True), "stored": True},
+    "ids stored": {"want": (True, False), "stored": True, "channels": 1},
+    "D tail": {"tail": True},
 }
 
 # Of the field kernels. An odd D is the slow path: rows that start anywhere are read a number at a time.
-FIELD_OPTIONS = {"n_fields": 2, "HAS_MASK": False, "NORMALIZE_FIELDS": True, "NORMALIZE": True, "aligned": True}
+FIELD_OPTIONS = {"n_fields": 2, "mask": False, "normalize": True, "aligned": True}
 FIELD_VARIANTS = {
     "": {},
     "1 field": {"n_fields": 1},
     "4 fields": {"n_fields": 4},
     "8 fields": {"n_fields": 8},
-    "mask": {"HAS_MASK": True},
-    "as given": {"NORMALIZE_FIELDS": False, "NORMALIZE": False},
+    "mask": {"mask": True},
+    "as given": {"normalize": False},
     "odd D": {"aligned": False},
 }
 
@@ -72,10 +70,13 @@ class Case:
         return self.kernel.startswith("aggregate")
 
     @property
-    def tile(self) -> Tile:
-        options = VARIANTS[self.variant]
-        masked = options.get("CHANNELS", 0) > 0 or options.get("LABELS", 0) > 1
-        return self.config.tile(self.kernel == "backward_tile", masked, keep="kept" in self.variant)
+    def options(self) -> dict[str, Any]:
+        return VARIANTS[self.variant]
+
+    @property
+    def tile(self) -> TileShape:
+        masked = self.options.get("channels", 0) > 0 or self.options.get("labels", 0) > 1
+        return self.config.tile(self.kernel == "backward_tile", masked, self.options.get("stored", False))
 
     @property
     def config(self) -> Config:
@@ -94,7 +95,7 @@ class Case:
         if self.of_fields:
             block = row_block(self.d, self.family.target[2])
             return f"{block.rows}x{block.d} w{block.warps}"
-        return f"{launch.MERGE_TILES}x{launch.MERGE_LINES} w4"
+        return f"{partials.MERGE_TILES}x{partials.MERGE_LINES} w4"
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.family.name, self.kernel, self.type_name, f"D={self.d}", self.variant]))
@@ -116,7 +117,7 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
                             yield from (
                                 replace(case, variant=v)
                                 for v in VARIANTS
-                                if v and (kernel == "forward_tile" or "kept" not in v)
+                                if v and (kernel == "forward_tile" or not VARIANTS[v].get("stored"))
                             )
             for kernel in ("aggregate_forward", "aggregate_backward"):
                 yield from (Case(family, kernel, dtype, d) for d in dimensions)

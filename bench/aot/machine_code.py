@@ -55,7 +55,7 @@ class Report:
                 found.append(f"{counts['load1-2']} loads of 1 or 2 bytes")
         if self.case.of_fields and self.case.field_options["aligned"]:
             # loads of one byte are the mask's, of four the norms'
-            narrow = counts["load8"] + (0 if self.case.field_options["HAS_MASK"] else counts["load1-2"])
+            narrow = counts["load8"] + (0 if self.case.field_options["mask"] else counts["load1-2"])
             if narrow or not counts["load16"]:
                 found.append("narrow loads")
         return found

@@ -46,12 +46,12 @@ def machine(context: Context) -> None:
     from bench import roofline
     from gcl_kernels import env
     from gcl_kernels.chips import CHIPS
-    from gcl_kernels.plan import Problem
+    from gcl_kernels.plan import Sizes
 
     name = "a CPU" if context.dry_run else torch.cuda.get_device_name()
     # The last chip whose name is in the device's; a card that is not in the table is compared with an H100.
     chip = next((c for k, c in reversed(CHIPS.items()) if k.upper() in name.upper()), CHIPS["h100"])
-    cases = [Problem(n, n, d, "bf16") for n, d in REAL.bench.values()]
+    cases = [Sizes(n, n, d, "bf16") for n, d in REAL.bench.values()]
     context.save(
         {
             "gpu": name,

@@ -19,16 +19,17 @@ TOY_SHAPES, TOY_STAGES = ((128, 128, 8),), (3,)
 
 def candidates(context: Context) -> list[tuple[str, Any]]:
     """(kernel, tile) of the search space."""
-    from gcl_kernels.backends.triton.config import Tile
+    from gcl_kernels.backends.triton.config import TileShape
 
     shapes, stages = (TOY_SHAPES, TOY_STAGES) if context.dry_run else (SHAPES, STAGES)
     halves_or_whole = (True,) if context.dry_run else (False, True)
     found = []
     for rows, cols, warps in shapes:
         for n_stages in stages:
-            found.append(("forward_tile", Tile(rows, cols, 64, warps, n_stages)))
+            found.append(("forward_tile", TileShape(rows, cols, 64, warps, n_stages)))
             found += [
-                ("backward_tile", Tile(rows, cols, 64, warps, n_stages, halves=halves)) for halves in halves_or_whole
+                ("backward_tile", TileShape(rows, cols, 64, warps, n_stages, halves=halves))
+                for halves in halves_or_whole
             ]
     return found
 
@@ -83,7 +84,7 @@ def tune(context: Context) -> None:
 
     import torch
 
-    from gcl_kernels.backends.triton.config import Tile
+    from gcl_kernels.backends.triton.config import TileShape
 
     chip, sizes = family(context), context.sizes
     fitting = [c for c in context.result_of("screen")["candidates"] if not c["complaints"]]
@@ -92,10 +93,12 @@ def tune(context: Context) -> None:
         default = chip.config(torch.bfloat16, d, "ieee")
         chosen = {}
         for kernel in ("forward_tile", "backward_tile"):
-            space = [Tile(**c["tile"]) for c in fitting if c["kernel"] == kernel]
+            space = [TileShape(**c["tile"]) for c in fitting if c["kernel"] == kernel]
             space = list(dict.fromkeys([default.tile(kernel == "backward_tile", masked=False), *space]))
 
-            def times(tiles: Iterable[Tile], n: int, d=d, kernel=kernel, default=default) -> list[tuple[float, Tile]]:
+            def times(
+                tiles: Iterable[TileShape], n: int, d=d, kernel=kernel, default=default
+            ) -> list[tuple[float, TileShape]]:
                 problem, rows = TileProblem.of(n, d, context.device, default), []
                 for tile in tiles:
                     row = {
@@ -131,33 +134,37 @@ class TileProblem:
 
     inputs: tuple[Any, Any, Any]
     default: Any
-    statistics: tuple[Any, Any, Any]
+    statistics: Any
 
     @classmethod
     def of(cls, n: int, d: int, device: str, default) -> TileProblem:
         import torch
 
-        from bench.launches import triton_forward
+        from bench import passes
+        from gcl_kernels.backends import settings
 
         unit = torch.nn.functional.normalize
         x, y = (unit(torch.randn(n, d, device=device)).to(torch.bfloat16) for _ in range(2))
         inputs = x, y, torch.tensor(100 / 7, device=device)
-        return cls(inputs, default, triton_forward(inputs, config=default))
+        with settings(config=default):
+            return cls(inputs, default, passes.forward("triton", inputs))
 
     def try_tile(self, kernel: str, tile, context: Context) -> Result:
         """Times, or the reason that there are none. The backward is asked for no product: what is left is its tile kernel."""
-        from bench.launches import triton_backward_tiles, triton_forward
+        from bench import passes
+        from gcl_kernels.backends import settings
         from gcl_kernels.backends.triton.config import Config
 
         config = Config(tile, tile, tile, tile, self.default.descriptors)
-        forward = lambda: triton_forward(self.inputs, config=config)  # noqa: E731
-        backward = lambda: triton_backward_tiles(self.inputs, self.statistics, config=config)  # noqa: E731
+        forward = lambda: passes.forward("triton", self.inputs)  # noqa: E731
+        backward = lambda: passes.backward_tiles("triton", self.inputs, self.statistics)  # noqa: E731
         try:
-            if kernel == "forward_tile":
-                off = max(float((a - b).abs().max()) for a, b in zip(forward(), self.statistics, strict=True))
-                if not off < 1e-3:
-                    return {"reason": f"its results are off by {off:.3g}"}
-            seconds = timed(forward if kernel == "forward_tile" else backward, context)
+            with settings(config=config):
+                if kernel == "forward_tile":
+                    off = max(float((a - b).abs().max()) for a, b in zip(forward(), self.statistics, strict=True))
+                    if not off < 1e-3:
+                        return {"reason": f"its results are off by {off:.3g}"}
+                seconds = timed(forward if kernel == "forward_tile" else backward, context)
         except Exception as error:  # out of resources, most likely: the next candidate may fit
             return {"reason": f"{type(error).__name__}: {str(error)[-300:]}"}
         return {"seconds": seconds, "median_seconds": median(seconds)}
@@ -167,7 +174,7 @@ def whole_step(context: Context, chip, chosen: Result) -> Result:
     """ClipLoss, forward and backward, with the table's configuration and with the tuned one."""
     import torch
 
-    from bench.launches import triton_configured
+    from bench import passes
     from gcl_kernels import ClipLoss
 
     d = 768 if 768 in context.sizes.dimensions else context.sizes.dimensions[0]
@@ -178,8 +185,10 @@ def whole_step(context: Context, chip, chosen: Result) -> Result:
     inputs = [v.requires_grad_() for v in (x, y, scale)]
     result: Result = {"n": n, "d": d}
     for name, config in (("table", default), ("tuned", tuned)):
-        with triton_configured(config):
-            result[name] = timed(lambda: torch.autograd.grad(ClipLoss()(*inputs), inputs), context)
+        with passes.triton_configured(config):
+            result[name] = timed(
+                lambda: torch.autograd.grad(ClipLoss()(inputs[0], inputs[1], inputs[2]), inputs), context
+            )
     print(f"whole step, N = {n:,}, D = {d}:", {k: f"{1e3 * median(result[k]):.2f} ms" for k in ("table", "tuned")})
     return result
 
@@ -187,10 +196,10 @@ def whole_step(context: Context, chip, chosen: Result) -> Result:
 def with_chosen(default, chosen: Result):
     from dataclasses import replace
 
-    from gcl_kernels.backends.triton.config import Tile
+    from gcl_kernels.backends.triton.config import TileShape
 
     named = {"forward": chosen.get("forward_tile"), "backward": chosen.get("backward_tile")}
-    return replace(default, **{name: Tile(**tile) for name, tile in named.items() if tile})
+    return replace(default, **{name: TileShape(**tile) for name, tile in named.items() if tile})
 
 
 def table(chip, chosen: Result) -> str:
@@ -209,8 +218,8 @@ def table(chip, chosen: Result) -> str:
         tiles = ", ".join(
             literal(t) for t in (config.forward, config.backward, config.masked_forward, config.masked_backward)
         )
-        keeping = f", {literal(config.keeping)}" if config.keeping else ""
-        lines.append(f"    ({largest}, Config({tiles}, {config.descriptors}{keeping})),")
+        storing = f", {literal(config.storing)}" if config.storing else ""
+        lines.append(f"    ({largest}, Config({tiles}, {config.descriptors}{storing})),")
     return "\n".join([*lines, "),", ""])
 
 
@@ -218,4 +227,4 @@ def literal(tile) -> str:
     """The tile as it is written in the configuration table."""
     optional = [f"group={tile.group}"] * (tile.group != 8) + ["halves=True"] * tile.halves
     optional += ["one_exponential=False"] * (not tile.one_exponential)
-    return f"Tile({', '.join([*map(str, (tile.rows, tile.cols, tile.d, tile.warps, tile.stages)), *optional])})"
+    return f"TileShape({', '.join([*map(str, (tile.rows, tile.cols, tile.d, tile.warps, tile.stages)), *optional])})"

@@ -184,23 +184,24 @@ def variants(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the cells that are missing, and write the report after each seed."""
+    """Run the cells that are missing, and write the report after each seed of them."""
     args = parse_args(argv)
     files = {name: DATA[name].files(source, args.out / "data" / name) for name, source in args.data}
     cells = [(name, variant, seed) for name, _ in args.data for variant in variants(args) for seed in range(args.seeds)]
     for name, variant, seed in cells:
         check_cell(args, name, variant, seed, files[name])
-    failed = []
+    failed, ran = [], False
     # All variants of a seed before the next seed: what is there at any time is a fair comparison.
     for seed in () if args.report_only else range(args.seeds):
-        if seed:
+        missing = [cell for cell in cells if cell[2] == seed and not results_file(args.out, *cell).exists()]
+        if missing and ran:
             write_report(args, files)
-        progress = tqdm([cell[:2] for cell in cells if cell[2] == seed], desc=f"seed {seed}", unit="cell")
-        for name, variant in progress:
+        progress = tqdm(missing, desc=f"seed {seed}", unit="cell", disable=not missing)
+        for name, variant, _ in progress:
             progress.set_postfix_str(f"{name} {variant}")
-            results = results_file(args.out, name, variant, seed)
-            if not results.exists() and not run_cell(args, name, variant, seed, files[name]):
-                failed.append(results.with_name("log.txt"))
+            ran = True
+            if not run_cell(args, name, variant, seed, files[name]):
+                failed.append(results_file(args.out, name, variant, seed).with_name("log.txt"))
     write_report(args, files)
     print(args.report)
     for log in failed:

@@ -9,18 +9,18 @@ import torch
 import reference
 from bench import __main__ as command
 from bench import cases, measure, oracle, peers, report
-from gcl_kernels.losses import DIRECTIONS
+from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
 
 
-@pytest.mark.parametrize("directions", list(DIRECTIONS))
+@pytest.mark.parametrize("directions", list(ROW_SHARE))
 @pytest.mark.parametrize(("n", "m"), [(37, 37), (23, 40)])
 def test_the_oracle_is_the_reference(n, m, directions, monkeypatch):
     monkeypatch.setattr(oracle, "CHUNK_BYTES", 8 * m * 10)  # several chunks, the last one ragged
     case = cases.Case("cpu", "fp64", n, m, 19, directions, logit_scale=17.0)
     inputs = cases.build(case)
     leaves = inputs.leaves
-    exact = oracle.loss_and_gradients(*leaves, DIRECTIONS[directions])
+    exact = oracle.loss_and_gradients(*leaves, ROW_SHARE[directions])
     loss = reference.gcl_loss(*leaves, directions=directions)
     for got, want in zip(exact, (loss, *torch.autograd.grad(loss, leaves)), strict=True):
         assert relative_error(got, want.detach()) < 1e-10

@@ -14,7 +14,7 @@ from bench.gpu import queue, tuning
 from bench.gpu import steps as gpu_steps
 from bench.gpu.context import REAL, TOY, Context
 from bench.gpu.targets import bench_rows, targets, targets_table
-from gcl_kernels.backends.triton.config import FAMILIES, Config, Tile
+from gcl_kernels.backends.triton.config import FAMILIES, Config, TileShape
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,14 @@ def test_what_has_a_result_is_not_run_again(dry, monkeypatch):
 def test_the_tuned_table_can_be_pasted(dry):
     out, summary = dry
     pasted = eval(
-        f"dict({(out / 'tuning.txt').read_text().split(chr(10), 1)[1]})", {"Config": Config, "Tile": Tile, "math": math}
+        f"dict({(out / 'tuning.txt').read_text().split(chr(10), 1)[1]})",
+        {"Config": Config, "TileShape": TileShape, "math": math},
     )
     ((largest, config),) = pasted["half"]
     assert largest == math.inf
     chosen = summary["steps"]["tune"]["result"]["chosen"]["32"]
-    assert config.forward == Tile(**chosen["forward_tile"])
-    assert config.backward == Tile(**chosen["backward_tile"])
+    assert config.forward == TileShape(**chosen["forward_tile"])
+    assert config.backward == TileShape(**chosen["backward_tile"])
     default = FAMILIES["sm_90"].half[0][1]
     assert (config.masked_forward, config.masked_backward) == (default.masked_forward, default.masked_backward)
 
@@ -83,9 +84,9 @@ def test_bands_with_the_same_choice_are_one():
     chosen = {d: {"forward_tile": tile, "backward_tile": tile} for d in ("512", "768", "1024")}
     text = tuning.table(FAMILIES["sm_90"], chosen)
     assert text.count("Config(") == 1
-    assert "(math.inf, Config(Tile(128, 128, 64, 4, 4, group=16, halves=True), " in text
+    assert "(math.inf, Config(TileShape(128, 128, 64, 4, 4, group=16, halves=True), " in text
     chosen["512"] = {}
-    assert "    (512, Config(Tile(128, 256, 64, 8, 4, halves=True), " in tuning.table(FAMILIES["sm_90"], chosen)
+    assert "    (512, Config(TileShape(128, 256, 64, 8, 4, halves=True), " in tuning.table(FAMILIES["sm_90"], chosen)
 
 
 def test_a_step_over_its_limit_is_stopped_and_the_next_run_repeats_it(tmp_path, monkeypatch):

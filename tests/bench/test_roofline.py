@@ -9,10 +9,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import roofline
 from gcl_kernels import gcl_loss, plan
-from gcl_kernels.backends import torch_chunked
+from gcl_kernels.backends import torch as backend
 from gcl_kernels.chips import CHIPS, Reach
-from gcl_kernels.plan import Phase, Prediction, Problem
-from tests.test_lse import Products
+from gcl_kernels.plan import Phase, Prediction, Sizes
+from tests.counting import Products
 
 H200 = CHIPS["h200"]
 AS_MEASURED = dataclasses.replace(H200, reach=Reach(gemm=788 / 989.4))  # bf16 8192^3 on an H200
@@ -24,7 +24,7 @@ CPU = dataclasses.replace(H200, family=None)
     [(8192, 512, 0.35e-3), (32_768, 512, 5.6e-3), (65_536, 768, 33.5e-3), (262_144, 768, 0.54), (1_048_576, 512, 5.7)],
 )
 def test_floor_as_worked_by_hand(n, d, seconds):
-    p = Problem(n, n, d, "bf16")
+    p = Sizes(n, n, d, "bf16")
     assert roofline.floor(p, AS_MEASURED) == pytest.approx(seconds, rel=0.01)
     assert roofline.floor(dataclasses.replace(p, directions=1), AS_MEASURED) == pytest.approx(0.75 * seconds, rel=0.01)
     assert roofline.ours(p, AS_MEASURED).overlapped(AS_MEASURED) >= roofline.floor(p, AS_MEASURED)
@@ -41,9 +41,9 @@ def test_a_phase_by_hand():
 
 def test_exponentials_and_gradient_traffic_by_hand():
     """N = 65,536: 2 exponentials a logit at 16 a clock on 132 multiprocessors; G is written once and read twice, 26 GB."""
-    totals = {phase.name: phase for phase in roofline.ours(Problem(65_536, 65_536, 768, "bf16"), H200).phases}
+    totals = {phase.name: phase for phase in roofline.ours(Sizes(65_536, 65_536, 768, "bf16"), H200).phases}
     assert sum(phase.exponentials for phase in totals.values()) == 2 * 65_536**2
-    assert roofline.ours(Problem(65_536, 65_536, 768, "bf16"), H200).totals(H200)["exp"] == pytest.approx(
+    assert roofline.ours(Sizes(65_536, 65_536, 768, "bf16"), H200).totals(H200)["exp"] == pytest.approx(
         2.22e-3, rel=0.01
     )
     g = 2 * 65_536**2
@@ -55,7 +55,7 @@ def test_exponentials_and_gradient_traffic_by_hand():
 
 
 def test_float32_tiles_take_two_exponentials():
-    phases = roofline.ours(Problem(4096, 4096, 512, "fp32"), H200).phases
+    phases = roofline.ours(Sizes(4096, 4096, 512, "fp32"), H200).phases
     assert sum(phase.exponentials for phase in phases) == 4 * 4096**2
 
 
@@ -73,7 +73,7 @@ def test_float32_tiles_take_two_exponentials():
 )
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_operations_of_every_plan(name, multiple, chip):
-    p = Problem(65_536, 32_768, 768, "bf16")
+    p = Sizes(65_536, 32_768, 768, "bf16")
     prediction = roofline.PLANS[name](p, chip)
     assert prediction.flops == multiple * p.n * p.m * p.d
     assert prediction.overlapped(chip) < prediction.serial(chip)
@@ -82,13 +82,13 @@ def test_operations_of_every_plan(name, multiple, chip):
 
 
 def test_counts_that_peers_sources_give():
-    p = Problem(65_536, 65_536, 768, "bf16")
+    p = Sizes(65_536, 65_536, 768, "bf16")
     backward = [phase for phase in roofline.inf_cl(p, H200).phases if phase.name == "backward"]
     assert len(backward) == 2
     assert backward[0].bytes == pytest.approx(0.82e12, rel=0.01)  # a direction
     assert backward[0].dtype == "tf32"
     assert "1,024 rows" in roofline.liger(p, H200).remark  # 65,536 / ceil(65,536 / 768), to a power of two
-    assert "512 rows" in roofline.liger(Problem(2**20, 2**20, 512, "bf16"), H200).remark
+    assert "512 rows" in roofline.liger(Sizes(2**20, 2**20, 512, "bf16"), H200).remark
     assert roofline.dense(p, H200).extra_memory == 4 * 2 * 65_536**2
 
 
@@ -110,11 +110,11 @@ def test_ours_on_a_cpu_as_the_code_does(directions, budget, multiple, monkeypatc
         return run
 
     for name in ("forward", "backward", "forward_with_gradient"):
-        monkeypatch.setattr(torch_chunked, name, counted(getattr(torch_chunked, name)))
+        monkeypatch.setattr(backend, name, counted(getattr(backend, name)))
     g = torch.Generator().manual_seed(0)
     x, y = (torch.nn.functional.normalize(torch.randn(2048, 16, generator=g)).requires_grad_() for _ in range(2))
     gcl_loss(x, y, 2.0, directions=directions).backward()
-    p = Problem(2048, 2048, 16, "fp32", directions=2 if directions == "both" else 1)
+    p = Sizes(2048, 2048, 16, "fp32", directions=2 if directions == "both" else 1)
     assert plan.ours(p, CPU).flops == made == multiple * 2048**2 * 16
 
 
@@ -127,7 +127,7 @@ def test_ours_on_a_cpu_as_the_code_does(directions, budget, multiple, monkeypatc
     ],  # float16 lacks the range, the budget too few whole lines
 )
 def test_one_direction_costs_what_its_backend_can(n, dtype, multiple):
-    p = Problem(n, n, 512, dtype, directions=1)
+    p = Sizes(n, n, 512, dtype, directions=1)
     prediction = roofline.ours(p, H200)
     assert prediction.flops == multiple * n * n * 512
     assert sum(phase.exponentials for phase in prediction.phases) == (1 if multiple == 6 else 2) * n * n
@@ -145,7 +145,7 @@ def test_report_is_labelled_and_shows_both_bounds(capsys, monkeypatch):
 
 
 def test_predictions_for_a_file_are_labelled():
-    result = roofline.predictions(Problem(65_536, 65_536, 768, "bf16"), AS_MEASURED)
+    result = roofline.predictions(Sizes(65_536, 65_536, 768, "bf16"), AS_MEASURED)
     assert result["model"] == plan.LABEL
     assert result["floor_ms"] == pytest.approx(33.5, rel=0.01)
     assert set(result["plans"]) == set(roofline.PLANS)

@@ -57,6 +57,7 @@ class Pool:
             if process.is_alive():
                 pipe.send_bytes(pickle.dumps(None))
             process.join()
+        assert all(process.exitcode == 0 for process in self.processes)
         self.folder.cleanup()
 
 

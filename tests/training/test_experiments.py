@@ -128,6 +128,10 @@ def test_the_tables_are_there_after_each_seed(toy, tmp_path, monkeypatch):
     assert main([*toy, "--seeds=2", "--compare", "constant", "log"]) == 0
     assert before == [(0, "constant", False), (0, "log", False), (1, "constant", True), (1, "log", True)]
     assert "| toy, in-domain | 0.500 (2) | +0.0% (2) |" in report.read_text()
+    written, write_report = [], experiments.write_report
+    monkeypatch.setattr(experiments, "write_report", lambda *_: (written.append(True), write_report(*_)))
+    assert main([*toy, "--seeds=2", "--compare", "constant", "log"]) == 0
+    assert len(written) == 1, "once where every cell was there"
 
 
 def test_the_tables_are_paired_by_query_and_seed(toy, tmp_path):

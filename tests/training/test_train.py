@@ -227,7 +227,7 @@ def test_options_that_cannot_be_used_are_one_line_and_status_2(pairs_file, capsy
         ),
         (
             ["--knots=1:1,100:2"],
-            "--knots: expected with 'piecewise' and only there, got [[1.0, 1.0], [100.0, 2.0]] with 'log'",
+            "--knots: expected with 'piecewise' and only there, got ((1.0, 1.0), (100.0, 2.0)) with 'log'",
         ),
         (
             ["--score-to-weight=piecewise", "--knots=1:1,100"],

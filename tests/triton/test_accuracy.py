@@ -7,39 +7,43 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcl_kernels import backends, pairwise_logsumexp, testing
-from tests.test_lse import assert_rounded_last
+import reference
+from gcl_kernels import backends, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels.backends import Lines, Need, Want
+from gcl_kernels.backends.triton.config import Config, TileShape
+from gcl_kernels.pairs import Pairs
+from tests.oracle import DTYPES, LOSS_NAMES, NAMES, assert_accurate, bias_of_logits, run
+from tests.test_cost import assert_rounded_last
 
-from .common import DTYPES, NAMES, assert_as_accurate, build, configs, run, triton, use
+from .common import build, cases, configs, triton, using
 from .conftest import DEVICE
 
 # numpy says so when the interpreter meets the infinities and NaN that some of these tests feed it
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@given(
-    problem=testing.problems(),
-    dtype=st.sampled_from(DTYPES),
-    config=configs,
-    budget=st.sampled_from((None, 2**14, 2**16)),
-)
+@given(case=cases(), dtype=st.sampled_from(DTYPES), budget=st.sampled_from((None, 2**9, 2**14)))
 @settings(max_examples=max(1, settings.default.max_examples // 2))
-def test_as_accurate_as_dense_pytorch(problem, dtype, config, budget):
+def test_as_accurate_as_dense_pytorch(case, dtype, budget):
+    config, problem = case
     batch = build(problem, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config, budget)
+    with using(config, budget):
         actual = run(triton, batch)
     assert [v.dtype for v in actual] == [torch.float32] * 3 + [dtype] * 2 + [torch.float32]
-    assert_as_accurate(actual, problem, batch)
+    assert_accurate(actual, batch)
 
 
-@given(problem=testing.problems(scales=(1.0, 14.3)), dtype=st.sampled_from(DTYPES), config=configs)
+def test_the_scale_is_not_rounded():
+    assert abs(bias_of_logits(triton, DEVICE)) < 4e-8
+
+
+@given(case=cases(scales=(1.0, 14.3)), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=8)
-def test_follows_the_torch_backend(problem, dtype, config):
+def test_follows_the_torch_backend(case, dtype):
     """Both backends make the same statistics from the same numbers: float32 products in another order, nothing more."""
+    config, problem = case
     batch = build(problem, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config)
+    with using(config):
         actual = triton(*batch.differentiable, **batch.options)
     expected = pairwise_logsumexp(*batch.differentiable, backend="torch", **batch.options)
     for a, b in zip(actual, expected, strict=True):
@@ -51,8 +55,7 @@ def test_follows_the_torch_backend(problem, dtype, config):
 def test_a_positive_is_at_most_its_logsumexp(problem, config):
     """The positive comes from the same arithmetic: the loss of a row is not negative, up to one rounding."""
     batch = build(problem, torch.bfloat16)
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config)
+    with using(config):
         row, _, positive = triton(*batch.differentiable, **batch.options)
     labels = batch.options.get("labels", torch.arange(problem.n, device=DEVICE))
     gap = (row.reshape(-1, 1) - positive.reshape(problem.n, -1))[labels.reshape(problem.n, -1) >= 0]
@@ -68,8 +71,7 @@ def test_what_is_not_finite_never_passes_as_finite(bad, side, config, line):
     lhs, rhs = (torch.randn(40, 8, generator=g) for _ in range(2))
     (lhs if side == "lhs" else rhs)[line, 3] = bad
     lhs, rhs = (x.to(DEVICE).requires_grad_() for x in (lhs, rhs))
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config)
+    with using(config):
         out = triton(lhs, rhs, 1.0)
     expected = pairwise_logsumexp(lhs, rhs, 1.0, backend="torch")
     for a, b in zip(out, expected, strict=True):
@@ -80,45 +82,47 @@ def test_what_is_not_finite_never_passes_as_finite(bad, side, config, line):
     if math.isnan(bad):
         assert own[others].isfinite().all()
         assert own[line].isnan()
-        with pytest.MonkeyPatch.context() as patch:
-            use(patch, config)
+        with using(config):
             (gradient,) = torch.autograd.grad(triton(lhs, rhs, 1.0).row.sum(), [lhs if side == "rhs" else rhs])
         assert gradient.isnan().any()
+
+
+def pairs_of(batch: testing.Batch) -> Pairs:
+    return Pairs.of(*(x.detach() for x in batch.differentiable), **batch.options)
+
+
+def visible(v, wanted=True):
+    """An upstream gradient for a statistic, none for a line with nothing visible."""
+    return torch.rand_like(v).masked_fill_(v.isinf(), 0) if wanted else None
 
 
 @given(
     problem=testing.problems(sizes=(3, 17, 65), scales=(0.0, 1.0, 14.3), geometries=("random", "paired", "clustered")),
     config=configs,
-    want=st.sampled_from(((True, True), (True, False), (False, True))),
-    need=st.sampled_from(((True, False, False), (False, True, False), (False, False, True), (True, True, True))),
+    want=st.sampled_from((Want(True, True), Want(True, False), Want(False, True))),
+    need=st.sampled_from((Need(True, False, False), Need(False, True, False), Need(False, False, True), Need(1, 1, 1))),
     with_positive=st.booleans(),
 )
 @settings(max_examples=15)
 def test_what_is_not_wanted_is_not_there(problem, config, want, need, with_positive):
-    """One direction, frozen sides, absent gradients: what is asked for is unchanged, what is not is an empty tensor."""
-    batch = build(problem, torch.float32)
-    lhs, rhs, scale = (x.detach() for x in batch.differentiable)
-    labels, left, right = (batch.options.get(k) for k in ("labels", "lhs_ids", "rhs_ids"))
-    labels = None if labels is None else labels.reshape(problem.n, -1)
-    if left is not None and right is not None:
-        left, right = left.reshape(problem.n, -1), right.reshape(problem.m, -1)
-    both = backends.load("torch").forward(lhs, rhs, scale, labels, left, right, True, True)
-    g = [
-        torch.rand_like(v).masked_fill_(v.isinf(), 0) if w else None
-        for v, w in zip(both, (*want, with_positive), strict=True)
-    ]
-    ours = backends.load("triton").forward(lhs, rhs, scale, labels, left, right, *want, config)
+    """One direction, frozen sides, absent gradients: what is asked for is unchanged, what is not is None."""
+    pairs = pairs_of(build(problem, torch.float32))
+    both = backends.load("torch").forward(pairs, Want(True, True))
+    upstream = Lines(*(visible(v, w) for v, w in zip(both, (*want, with_positive), strict=True)))
+    with using(config):
+        ours = backends.load("triton").forward(pairs, want)
     for value, whole, wanted in zip(ours, both, (*want, True), strict=True):
-        assert value.dtype == torch.float64
-        assert value.numel() == (whole.numel() if wanted else 0)
+        assert (value is not None) == wanted
         if wanted:
+            assert value.dtype == torch.float64
             torch.testing.assert_close(value, whole, rtol=1e-6, atol=1e-5)
-    if not any(v is not None for v in g):
+    if not any(v is not None for v in upstream):
         return
-    arguments = (lhs, rhs, scale, labels, left, right, *both, *g, *need)
-    expected = backends.load("torch").backward(*arguments)
-    for value, whole, needed in zip(backends.load("triton").backward(*arguments, config), expected, need, strict=True):
-        assert value.shape == whole.shape
+    expected = backends.load("torch").backward(pairs, both, upstream, need)
+    with using(config):
+        gradients = backends.load("triton").backward(pairs, both, upstream, need)
+    for value, whole, needed in zip(gradients, expected, need, strict=True):
+        assert (value is not None) == (whole is not None) == bool(needed)
         if needed:
             torch.testing.assert_close(value, whole, rtol=2e-4, atol=2e-4 * float(whole.abs().max()) + 1e-5)
 
@@ -130,23 +134,21 @@ def test_gradients_in_float32_of_half_precision(dtype, d):
     assert_rounded_last(backends.load("triton"), lhs, rhs)
 
 
-def in_one_pass(batch, by_row, config):
-    """[row or col, positive, gradients] by the backend itself, for the upstream gradients of ``testing.value_and_gradients``."""
-    lhs, rhs, scale = (x.detach() for x in batch.differentiable)
-    labels, left, right = (batch.options.get(k) for k in ("labels", "lhs_ids", "rhs_ids"))
-    shape = (len(lhs),) if labels is None else labels.shape
-    labels, left, right = (None if v is None else v.reshape(len(v), -1) for v in (labels, left, right))
+def in_one_pass(batch, by_row):
+    """[row or col, positive, gradients] by the backend itself, for the upstream gradients of `testing.value_and_gradients`."""
+    pairs = pairs_of(batch)
     g = torch.Generator().manual_seed(0)
-    g_line = torch.rand(len(lhs if by_row else rhs), generator=g, dtype=torch.float64).to(DEVICE)
-    g_positive = torch.rand(shape, generator=g, dtype=torch.float64).reshape(len(lhs), -1).to(DEVICE)
-    row, col, _ = backends.load("torch").forward(lhs, rhs, scale, labels, left, right, True, True)
+    g_line = torch.rand(pairs.n if by_row else pairs.m, generator=g, dtype=torch.float64).to(DEVICE)
+    g_positive = torch.rand((pairs.n, pairs.positives), generator=g, dtype=torch.float64).to(DEVICE)
+    row, col, _ = backends.load("torch").forward(pairs, Want(True, True))
     g_line = g_line.masked_fill((row if by_row else col).isinf(), 0)
-    upstream = (g_line, None, g_positive) if by_row else (None, g_line, g_positive)
-    row, col, positive, *gradients = backends.load("triton").forward_with_gradient(
-        lhs, rhs, scale, labels, left, right, *upstream, True, True, True, config
-    )
-    assert (col if by_row else row).numel() == 0
-    return [(row if by_row else col).float(), positive.reshape(shape).float(), *gradients]
+    upstream = Lines(g_line if by_row else None, None if by_row else g_line, g_positive)
+    lines, gradients = backends.load("triton").forward_with_gradient(pairs, upstream, Need(True, True, True))
+    line, other = (lines.row, lines.col) if by_row else (lines.col, lines.row)
+    assert other is None
+    labels = batch.options.get("labels")
+    positive = lines.positive.reshape((pairs.n,) if labels is None else labels.shape)
+    return [line.float(), positive.float(), *gradients]
 
 
 @given(
@@ -159,18 +161,47 @@ def in_one_pass(batch, by_row, config):
 @settings(max_examples=max(1, settings.default.max_examples // 2))
 def test_one_direction_in_one_pass_is_as_accurate(problem, dtype, config, by_row, budget):
     batch = build(problem, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config, budget)
-        actual = in_one_pass(batch, by_row, config)
+    with using(config, budget):
+        actual = in_one_pass(batch, by_row)
     line = "row" if by_row else "col"
-    names = (line, "positive", *NAMES[3:])
-    assert_as_accurate(actual, problem, batch, lambda out: (getattr(out, line), out.positive), names)
+    outputs = {"outputs": lambda out: (getattr(out, line), out.positive)}
+    assert_accurate(actual, batch, names=(line, "positive", *NAMES[3:]), **outputs)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_more_tiles_in_a_line_than_one_step_of_the_merge_takes(by_row):
+    """Every real batch has them. Logits rise along the line, so that each step rescales what came before."""
+    g = torch.Generator().manual_seed(0)
+    short, long = torch.randn(3, 8, generator=g), torch.randn(2300, 8, generator=g)
+    long *= torch.linspace(0.1, 4, 2300)[:, None]
+    lhs, rhs = (short, long) if by_row else (long, short)
+    options = {"labels": torch.full((len(lhs),), -1, device=DEVICE)}
+    scale = torch.tensor(3.0, device=DEVICE)
+    batch = testing.Batch(*(x.to(DEVICE).requires_grad_() for x in (lhs, rhs, scale)), options)
+    tile = TileShape(32, 64, 16, 4, 2)
+    with using(Config(tile, tile, tile, tile)):
+        actual = run(triton, batch)
+    assert_accurate(actual, batch)
+
+
+@given(seed=st.integers(0, 99), directions=st.sampled_from(("lhs_to_rhs", "rhs_to_lhs")))
+@settings(max_examples=2)
+def test_positives_beyond_the_first_step_of_rows(seed, directions):
+    """`one_pass` adds the positives of 4,096 rows at a time."""
+    g = torch.Generator().manual_seed(seed)
+    n, m = 4200, 40
+    inputs = [torch.randn(k, 4, generator=g).to(DEVICE).requires_grad_() for k in (n, m)]
+    options = {"labels": torch.randint(-1, m, (n, 2), generator=g).to(DEVICE), "directions": directions}
+    batch = testing.Batch(*inputs, torch.tensor(1.5, device=DEVICE).requires_grad_(), options)
+    tile = TileShape(128, 64, 16, 4, 2)
+    with using(Config(tile, tile, tile, tile)):
+        actual = run(gcl_loss, batch, backend="triton")
+    assert_accurate(actual, batch, reference.gcl_loss, names=LOSS_NAMES)
 
 
 @given(problem=testing.problems(sizes=(17, 65)), config=configs)
 @settings(max_examples=2)
 def test_same_inputs_same_bits(problem, config):
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config, 2**14)
+    with using(config, 2**14):
         first, second = (run(triton, build(problem, torch.bfloat16)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,5 +1,6 @@
-"""What the default configurations compile to, on chips that are not here: ``bench.aot`` prints the whole grid."""
+"""What the default configurations compile to, on chips that are not here: `bench.aot` prints the whole grid."""
 
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import aot
+from bench.aot import table
 from gcl_kernels.backends.triton.config import FAMILIES
 
 # The widest bands of every family in plain training, and on Hopper what the library is tuned for: bands, ids, one direction.
@@ -22,8 +24,8 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float16, 256),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float16, 256),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "ids"),
-    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows kept"),
-    aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns kept"),
+    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows stored"),
+    aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns stored"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),
     aot.Case(FAMILIES["sm_90"], "merge_partials", torch.float32, 768),
@@ -73,11 +75,11 @@ def test_every_input_of_the_field_kernels_is_read_once_and_sixteen_bytes_at_a_ti
 
 
 def test_complaints_are_made():
-    assert len(aot.Report(CASES[2], 255, 8, 4, 10**6, aot.Counter(), aot.Counter()).complaints()) == 6
-    narrow = aot.Report(CASES[-1], 10, 0, 0, 0, aot.Counter({"load8": 1}), aot.Counter())
+    assert len(aot.Report(CASES[2], 255, 8, 4, 10**6, Counter(), Counter()).complaints()) == 6
+    narrow = aot.Report(CASES[-1], 10, 0, 0, 0, Counter({"load8": 1}), Counter())
     assert narrow.complaints() == ["narrow loads"]
     copies = aot.Report(
-        CASES[0], 10, 0, 0, 0, aot.Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), aot.Counter()
+        CASES[0], 10, 0, 0, 0, Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), Counter()
     )
     assert copies.complaints() == ["copies of less than 16 bytes"]
 
@@ -98,11 +100,11 @@ def test_the_loop_over_d_is_found_and_counted():
 
 
 def test_a_part_of_the_grid_renews_its_part_of_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(aot, "RESULT", tmp_path / "aot.txt")
-    reports = [aot.Report(case, 10, 0, 0, 0, aot.Counter(), aot.Counter()) for case in (CASES[1], CASES[0])]
+    monkeypatch.setattr(table, "RESULT", tmp_path / "aot.txt")
+    reports = [aot.Report(case, 10, 0, 0, 0, Counter(), Counter()) for case in (CASES[1], CASES[0])]
     for report in reports:
         aot.save({aot.title(report.case): aot.line(report)})
     renewed = replace(reports[0], registers=77)
     aot.save({aot.title(renewed.case): aot.line(renewed), "of no case": "gone"})
-    rows = aot.RESULT.read_text().splitlines()[-2:]
+    rows = table.RESULT.read_text().splitlines()[-2:]
     assert rows == [aot.line(reports[1]), aot.line(renewed)]

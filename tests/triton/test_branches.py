@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import reference
 from gcl_kernels import gcl_loss, testing
-from gcl_kernels.backends.triton import kernels, launch
+from gcl_kernels.backends.triton import one_pass, operands
+from tests.oracle import DTYPES, NAMES, assert_accurate, everything, run
 
-from .common import DTYPES, NAMES, build, configs, configurations, oracle, run, triton, use
+from .common import build, cases, configs, configurations, triton, using
 from .conftest import DEVICE, INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -41,92 +42,86 @@ KINDS = ("near", "one row far above", "one row far below", "one column far below
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", ONE[:2], ids=["descriptors", "pointers"])
-def test_both_exponential_forms_agree(kind, config, monkeypatch):
+def test_both_exponential_forms_agree(kind, config):
     batch = spread_problem(kind)
-    use(monkeypatch, config)
-    one = run(triton, batch)
     forward, backward = (dataclasses.replace(t, one_exponential=False) for t in (config.forward, config.backward))
-    use(monkeypatch, dataclasses.replace(config, forward=forward, backward=backward))
-    two = run(triton, batch)
-    exact = oracle(batch)
-    dense = [run(reference.pairwise_logsumexp, batch)]
-    with torch.no_grad():
-        largest_logit = float((batch.lhs @ batch.rhs.T).abs().max())  # up to 1,000: known to 1e-4, and so is a softmax
-    for actual in (one, two):
-        floor = 1e-6 + torch.finfo(torch.float32).eps * largest_logit
-        testing.assert_as_accurate(actual, dense, exact, NAMES, floor=floor)
+    for each in (config, dataclasses.replace(config, forward=forward, backward=backward)):
+        with using(each):
+            assert_accurate(run(triton, batch), batch)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts calls, which only the interpreter makes")
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_exponential_forms_are_reached(kind, monkeypatch):
-    calls = {"logsumexp_parts": 0, "shared_gradient": 0, "gradient_tile": 0}
+    from gcl_kernels.backends.triton import softmax
+
+    calls = {"logsumexp_parts": 0, "shared_gradient": 0, "gradient_by_line": 0}
 
     class Counted:
         def __init__(self, name):
-            self.name, self.step = name, getattr(kernels, name)
+            self.name, self.step = name, getattr(softmax, name)
 
         def __call__(self, *args, **kwargs):
             calls[self.name] += 1
             return self.step(*args, **kwargs)
 
     for name in calls:
-        monkeypatch.setattr(kernels, name, Counted(name))
-    use(monkeypatch, ONE[1])
-    run(triton, spread_problem(kind))
+        monkeypatch.setattr(softmax, name, Counted(name))
+    with using(ONE[1]):
+        run(triton, spread_problem(kind))
     assert (calls["logsumexp_parts"] > 0) == (kind != "near")
     # a row far below the others contributes nothing to any column: the backward need not care
-    assert (calls["gradient_tile"] > 0) == (kind not in ("near", "one row far below"))
+    assert (calls["gradient_by_line"] > 0) == (kind not in ("near", "one row far below"))
     if kind != "all scattered":
         assert calls["shared_gradient"] > 0  # only the tiles that need it take the other form
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("direction", ["lhs_to_rhs", "rhs_to_lhs"])
 @pytest.mark.parametrize("kind", ["near", "one row far below", "one column far below"])
-def test_kept_exponentials_are_made_again_where_their_references_are_off(kind, direction, monkeypatch):
+def test_stored_exponentials_are_made_again_where_their_references_are_off(kind, direction, sign, monkeypatch):
     """A line whose logits all lie far below what the norms allow has nothing left of them in float32."""
     batch = spread_problem(kind)
-    use(monkeypatch, ONE[0])
-    launched, original = [], launch.run
+    with torch.no_grad():
+        batch.lhs.mul_(sign)
+        batch.logit_scale.mul_(sign)
+    launched, original = [], one_pass.run
 
     def run_and_note(kernel, programs, **arguments):
-        launched.append((kernel, int(arguments["p_skip"]) if arguments.get("KEEP") else None))
+        launched.append((kernel, int(arguments["p_skip"]) if arguments.get("p_skip") is not None else None))
         original(kernel, programs, **arguments)
 
-    monkeypatch.setattr(launch, "run", run_and_note)
-    inputs = batch.differentiable
-
-    def loss(function, *inputs, **options):
-        return testing.value_and_gradients(lambda: function(*inputs, directions=direction, **options), inputs)
-
-    actual = loss(gcl_loss, *inputs, labels=batch.options["labels"], backend="triton")
+    monkeypatch.setattr(one_pass, "run", run_and_note)
+    with using(ONE[0]):
+        actual = run(gcl_loss, batch, directions=direction, backend="triton")
     sweeps = [skip for kernel, skip in launched if skip is not None]
     assert sweeps == [0, int(kind == "near")]
-    assert all(kernel is not kernels.backward_tile for kernel, _ in launched)  # no tile is made a second time
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    oracle_ = loss(reference.gcl_loss, *exact, labels=batch.options["labels"])
-    dense = [loss(reference.gcl_loss, *inputs, labels=batch.options["labels"])]
-    testing.assert_as_accurate(actual, dense, oracle_, floor=1e-6 + torch.finfo(torch.float32).eps * 600)
+    assert all(kernel != "backward_tile" for kernel, _ in launched)  # no tile is made a second time
+    assert_accurate(actual, batch, reference.gcl_loss, names=("loss", *NAMES[3:]), directions=direction)
 
 
-@given(problem=testing.problems(), one=configs, other=configs, budget=st.sampled_from((2**13, 2**15, 2**18)))
+@given(case=cases(), other=configs, budget=st.sampled_from((2**13, 2**15, 2**18)))
 @settings(max_examples=8)
-def test_tiles_and_chunks_do_not_show(problem, one, other, budget):
+def test_tiles_and_chunks_do_not_show(case, other, budget):
+    config, problem = case
     results = []
-    for config, limit in ((one, None), (other, budget)):
-        with pytest.MonkeyPatch.context() as patch:
-            use(patch, config, limit)
+    for each, limit in ((config, None), (other, budget)):
+        with using(each, limit):
             results.append(run(triton, build(problem, torch.float32)))
     # of two float32 results, each as near to the truth as float32 products are
-    exact = oracle(build(problem, torch.float32))
+    batch = build(problem, torch.float32)
+    exact = testing.in_float64(
+        lambda *x: everything(reference.pairwise_logsumexp(*x, **batch.options)), batch.differentiable
+    )
     for a, b, o in zip(*results, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * (1 + float(torch.where(o.isinf(), 0, o).abs().max())))
 
 
-@given(problem=testing.problems(), dtype=st.sampled_from(DTYPES), config=configs)
+@given(case=cases(), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=8)
-def test_nothing_past_the_end_is_used(problem, dtype, config):
+def test_nothing_past_the_end_is_used(case, dtype):
     """NaN around the inputs, and in every buffer that is handed out uninitialised, changes no bit."""
+    config, problem = case
     clean = build(problem, dtype)
 
     def surround(x):
@@ -143,8 +138,7 @@ def test_nothing_past_the_end_is_used(problem, dtype, config):
         x = new_empty(self, *args, **kwargs)
         return x.fill_(math.nan) if x.is_floating_point() else x
 
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, config, 2**15)
+    with using(config, 2**15), pytest.MonkeyPatch.context() as patch:
         plain = run(triton, clean)
         patch.setattr(torch.Tensor, "new_empty", new_nan)
         same = run(triton, poisoned)
@@ -153,9 +147,8 @@ def test_nothing_past_the_end_is_used(problem, dtype, config):
         assert not b.isnan().any()
 
 
-def test_float16_keeps_small_probabilities(monkeypatch):
+def test_float16_keeps_small_probabilities():
     """A softmax of 1,024 equal logits lies among float16's subnormals once it is divided by N, as a mean does."""
-    use(monkeypatch, ONE[-1])
     n, m = 8, 1024
     lhs = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)).half().to(DEVICE).requires_grad_()
     rhs = (0.01 * torch.randn(m, 4, generator=torch.Generator().manual_seed(1))).half().to(DEVICE).requires_grad_()
@@ -164,24 +157,20 @@ def test_float16_keeps_small_probabilities(monkeypatch):
     def mean(function):
         return lambda *inputs, **options: (function(*inputs, **options).row / 65_536,)
 
-    drhs = run(mean(triton), batch)[2]
-    exact = testing.Batch(*(x.detach().double().requires_grad_() for x in batch.differentiable), {})
-    oracle_drhs = run(mean(reference.pairwise_logsumexp), exact)[2]
+    with using(ONE[-1]):
+        drhs = run(mean(triton), batch)[2]
+    oracle_drhs = testing.in_float64(mean(reference.pairwise_logsumexp), batch.differentiable)[2]
     rounded = testing.relative_error(oracle_drhs.half(), oracle_drhs)  # the output's own dtype is all that may be lost
     assert testing.relative_error(drhs, oracle_drhs) <= 1.25 * rounded + 1e-3
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_float32_precision_is_followed(precision, monkeypatch):
-    seen = []
-    original = launch.Problem.arguments
-    monkeypatch.setattr(launch.Problem, "arguments", lambda *a: seen.append(original(*a)["PRECISION"]) or original(*a))
+def test_float32_precision_is_followed(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        use(monkeypatch, ONE[0])
-        run(triton, build(testing.Problem(17, 17, 16, None, 0, 1, 1.0, "random", False, 0), torch.float32))
+        seen = operands.input_precision(torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
     expected = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[precision]
-    assert set(seen) == {expected if torch.version.hip is None or precision == "highest" else "bf16x3"}
+    assert seen == (expected if torch.version.hip is None or precision == "highest" else "bf16x3")

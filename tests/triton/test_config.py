@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gcl_kernels.backends.triton import config
 
-PAD = 256  # launch.PAD: vectors are padded to it
+PAD = 256  # operands.PAD: vectors are padded to it
 
 
 @pytest.mark.parametrize("family", config.FAMILIES.values(), ids=config.FAMILIES)
@@ -50,5 +50,5 @@ def test_without_the_interpreter_cpu_tensors_are_refused():
     from gcl_kernels import pairwise_logsumexp
 
     x = torch.randn(3, 2)
-    with pytest.raises(ValueError, match="lhs: expected a CUDA or HIP tensor for backend 'triton', got one on cpu"):
+    with pytest.raises(ValueError, match="got 'triton': it takes CUDA and HIP tensors, not one on cpu"):
         pairwise_logsumexp(x, x, 1.0, backend="triton")

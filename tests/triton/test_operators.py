@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcl_kernels import gcl_loss
+from gcl_kernels import gcl_loss, ops
 
 from .conftest import DEVICE, INTERPRETED
 
@@ -13,8 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def test_the_operator_passes_opcheck():
     lhs, rhs = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 7))
-    arguments = lhs, rhs, torch.tensor(2.0, device=DEVICE), None, None, None, [True, True], None, None, None
-    torch.library.opcheck(torch.ops.gcl_kernels.pairwise_logsumexp.default, (*arguments, [True, True, False], "triton"))
+    tensors = [lhs, rhs, torch.tensor(2.0, device=DEVICE)]
+    arguments = tensors, "lhs,rhs,logit_scale", [True, True], [True, True, False], "triton"
+    torch.library.opcheck(ops._forward, arguments)
 
 
 @pytest.mark.parametrize("directions", ["both", "lhs_to_rhs"])
@@ -33,27 +34,27 @@ def test_compiles_to_one_graph(directions):
     torch.compiler.reset()
 
 
-def gradients_on_rank(rank):
+def gradients_on_rank(group):
     """Of one rank's half of a bfloat16 batch, by each transport, and of all of it by one process."""
+    rank = torch.distributed.get_rank(group)
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(16, 8, generator=g).bfloat16() for _ in range(2))
     own = slice(8 * rank, 8 * rank + 8)
     got = []
-    for rows, group in ((own, "all_gather"), (own, "ring"), (slice(None), None)):
+    for rows, transport in ((own, "all_gather"), (own, "ring"), (slice(None), None)):
         inputs = [v[rows].clone().requires_grad_() for v in (x, y)]
-        options = {} if group is None else {"process_group": torch.distributed.group.WORLD, "transport": group}
+        options = {} if transport is None else {"process_group": group, "transport": transport}
         gcl_loss(*inputs, 2.0, backend="triton", **options).backward()
-        got.append([(v.grad if group else 2 * v.grad[own]).tolist() for v in inputs])
+        got.append([v.grad if transport else 2 * v.grad[own] for v in inputs])
     return got
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="gloo moves CPU tensors")
-def test_over_a_process_group(two_ranks):
+def test_over_a_process_group(pool):
     """Parts of a gradient are added up in float32: some last digits differ, which float32 adds up in another order."""
-    for *transports, one_process in two_ranks(gradients_on_rank):
+    for *transports, one_process in pool.run(2, gradients_on_rank):
         for gradients in transports:
             for actual, expected in zip(gradients, one_process, strict=True):
-                actual, expected = torch.tensor(actual), torch.tensor(expected)
                 assert (actual != expected).sum() <= 2  # of 64
                 torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
 

@@ -1,10 +1,21 @@
 """The primitive and field aggregation in Triton, on NVIDIA and AMD GPUs, or on CPU in Triton's interpreter.
 
-``kernels`` is what runs on the device for the primitive, two tile kernels beside library GEMMs; ``launch`` cuts the problem into
-launches; ``fields`` aggregates fields; ``config`` holds the shapes of tiles and blocks.
+What runs on the device, JIT functions: `tiles` (where a tile is, its logits and labels), `modify` (masks and additive terms),
+`softmax` (the loss), `kernels` (two tile kernels beside library GEMMs), `field_kernels`. What the host does: `operands` (the
+inputs as kernels read them), `launch` and `one_pass` (the problem cut into launches), `partials`, `fields`, `config` (shapes of
+tiles and blocks), and `run`, which alone imports Triton, when a kernel is launched.
 """
 
 from .fields import aggregate_fields, aggregate_fields_backward
-from .launch import backward, forward, forward_with_gradient
+from .launch import backward, forward
+from .one_pass import forward_with_gradient
+from .run import interpreted
 
-__all__ = ["forward", "backward", "forward_with_gradient", "aggregate_fields", "aggregate_fields_backward"]
+__all__ = [
+    "aggregate_fields",
+    "aggregate_fields_backward",
+    "backward",
+    "forward",
+    "forward_with_gradient",
+    "interpreted",
+]

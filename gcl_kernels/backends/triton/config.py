@@ -1,6 +1,6 @@
 """Launch configurations: one fixed choice per (architecture family, dtype, band of D), with the reason beside it.
 
-``python -m bench.aot`` prints what each compiles to. Nothing is searched at run time: the first batch is as fast as the rest.
+`python -m bench.aot` prints what each compiles to. Nothing is searched at run time: the first batch is as fast as the rest.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from functools import cache
 
 import torch
 
-from .. import architecture
+from ..choice import architecture
+from ..settings import current
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileShape:
     """How one tile kernel is launched. Rows are those of lhs, columns those of rhs."""
 
     rows: int
@@ -26,7 +27,11 @@ class Tile:
     stages: int
     group: int = 8  # row tiles in a band: their lhs and a few column tiles stay in L2 while the band is walked
     halves: bool = False  # backward: the epilogue in two column halves, where a wide tile's registers need it
-    one_exponential: bool = True  # False: two exponentials a logit always (``kernels``)
+    one_exponential: bool = True  # False: two exponentials a logit always (`softmax`)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.rows, self.cols
 
     @property
     def stored_cols(self) -> int:
@@ -36,18 +41,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    forward: Tile
-    backward: Tile
-    masked_forward: Tile  # with ids or several labels a row, whose values need registers beside the logits
-    masked_backward: Tile
+    forward: TileShape
+    backward: TileShape
+    masked_forward: TileShape  # with ids or several labels a row, whose values need registers beside the logits
+    masked_backward: TileShape
     descriptors: bool = False  # tensor descriptors (TMA where the chip has it) instead of pointers
     # The forward that stores exponentials, unmasked; None: as the backward, which stores as much.
-    keeping: Tile | None = None
+    storing: TileShape | None = None
 
-    def tile(self, backward: bool, masked: bool, keep: bool = False) -> Tile:
-        if keep and self.keeping is not None and not masked:
-            return self.keeping
-        if backward or keep:
+    def tile(self, backward: bool, masked: bool, stored: bool = False) -> TileShape:
+        if stored and self.storing is not None and not masked:
+            return self.storing
+        if backward or stored:
             return self.masked_backward if masked else self.backward
         return self.masked_forward if masked else self.forward
 
@@ -68,49 +73,49 @@ class Family:
         return next(config for largest_d, config in bands if d <= largest_d)
 
 
-def everywhere(tile: Tile, descriptors: bool = False) -> tuple[tuple[float, Config], ...]:
+def everywhere(tile: TileShape, descriptors: bool = False) -> tuple[tuple[float, Config], ...]:
     return ((math.inf, Config(tile, tile, tile, tile, descriptors)),)
 
 
 # float32 in IEEE arithmetic: fused multiply-adds on the ordinary units. A thread holds its share of both operands of
 # a step in registers, so steps of 16 and 64 x 64 tiles are what fits. The products take ten times as long as the
 # epilogue: two exponentials a logit cost nothing there and round least.
-IEEE = Tile(64, 64, 16, 4, 3, one_exponential=False)
+IEEE = TileShape(64, 64, 16, 4, 3, one_exponential=False)
 
 # float32 on the matrix units: three passes of tf32 need twice the registers of one for the split operands, hence 64 columns.
-TF32 = Tile(128, 64, 32, 8, 3, one_exponential=False)
+TF32 = TileShape(128, 64, 32, 8, 3, one_exponential=False)
 
 # Hopper, 227 KB. 128 x 256 reads least shared memory a product (wgmma of 256 columns) and 48 bytes of L2 a clock at full rate;
 # 4 stages of 48 KB = 192 KB, one block an SM.
-WIDE_90 = Tile(128, 256, 64, 8, 4, halves=True)
+WIDE_90 = TileShape(128, 256, 64, 8, 4, halves=True)
 # At small D a tile's products take no longer than its epilogue: two blocks an SM (96 KB each; forward 128 registers x 256
 # threads, backward 255 x 128) let one block's products run beside the other's epilogue.
-SMALL_FORWARD_90 = Tile(128, 128, 64, 8, 3)
-SMALL_BACKWARD_90 = Tile(128, 128, 64, 4, 3, halves=True)
+SMALL_FORWARD_90 = TileShape(128, 128, 64, 8, 3)
+SMALL_BACKWARD_90 = TileShape(128, 128, 64, 4, 3, halves=True)
 
 # Blackwell, 227 KB: accumulators are in tensor memory and come to registers a whole row a thread; 256 columns do not fit there,
 # nor more than 64 beside ids (forward: not even those if the logits must outlive their exponentials).
-SQUARE_100 = Tile(128, 128, 64, 8, 3)
+SQUARE_100 = TileShape(128, 128, 64, 8, 3)
 # Column sums beside what is stored need the halves; the backward, with more in flight, does better whole.
-KEEPING_100 = Tile(128, 128, 64, 8, 3, halves=True)
-MASKED_FORWARD_100 = Tile(128, 64, 64, 8, 4, one_exponential=False)
-MASKED_BACKWARD_100 = Tile(128, 64, 64, 8, 4)
+STORING_100 = TileShape(128, 128, 64, 8, 3, halves=True)
+MASKED_FORWARD_100 = TileShape(128, 64, 64, 8, 4, one_exponential=False)
+MASKED_BACKWARD_100 = TileShape(128, 64, 64, 8, 4)
 
 # Ampere: 64 accumulators a thread. 4 stages of 16 KB = 64 KB: two blocks fit 163 KB, and one fits the 99 KB of consumer chips.
-SQUARE_80 = Tile(128, 128, 32, 8, 4)
-SQUARE_86 = Tile(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
+SQUARE_80 = TileShape(128, 128, 32, 8, 4)
+SQUARE_86 = TileShape(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
 
 # CDNA3, 64 KB of LDS, 64 threads a wave, 512 registers a thread: 8 waves share 128 x 128; the AMD pipeliner keeps stages - 1
 # buffers of 32 KB.
-SQUARE_942 = Tile(128, 128, 64, 8, 2)
+SQUARE_942 = TileShape(128, 128, 64, 8, 2)
 # float32 in three passes of bfloat16: splitting the operands is ordinary arithmetic, which the products of a second block (of
 # 32 KB) hide.
-SPLIT_942 = Tile(128, 64, 32, 8, 2, one_exponential=False)
+SPLIT_942 = TileShape(128, 64, 32, 8, 2, one_exponential=False)
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """How a kernel over whole rows (``fields``) is launched: rows of every field, held in registers."""
+    """How a kernel over whole rows (`fields`) is launched: rows of every field, held in registers."""
 
     rows: int
     d: int  # a power of two, D or more
@@ -119,7 +124,7 @@ class RowBlock:
 
 def row_block(d: int, lanes: int) -> RowBlock:
     """Of each field, 8 numbers a thread: one 16-byte load of half precision. Over 16 warps a thread's share of the registers is
-    too small for that, hence 16 numbers at D = 8192 (``backends.FIELDS_AND_WIDTH``). Rows narrower than a warp share it."""
+    too small for that, hence 16 numbers at D = 8192 (`backends.FIELDS_AND_WIDTH`). Rows narrower than a warp share it."""
     block_d, one_warp = 2 ** (d - 1).bit_length(), 8 * lanes
     return RowBlock(max(one_warp // block_d, 1), block_d, min(max(block_d // one_warp, 1), 16))
 
@@ -159,7 +164,7 @@ FAMILIES = {
             ("cuda", 100, 32),
             227 * 1024,
             half=(
-                (math.inf, Config(SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True, KEEPING_100)),
+                (math.inf, Config(SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True, STORING_100)),
             ),
             tf32=everywhere(TF32, descriptors=True),
             ieee=everywhere(IEEE, descriptors=True),
@@ -177,16 +182,19 @@ FAMILIES = {
 
 # Triton's interpreter: small, so that a test's shape has several tiles and a tail in every direction.
 INTERPRETED = Config(
-    Tile(32, 64, 32, 4, 2, group=2),
-    Tile(64, 32, 32, 4, 2, group=2, halves=True),
-    Tile(32, 64, 32, 4, 2, group=2),
-    Tile(64, 32, 32, 4, 2, group=2, halves=True),
+    TileShape(32, 64, 32, 4, 2, group=2),
+    TileShape(64, 32, 32, 4, 2, group=2, halves=True),
+    TileShape(32, 64, 32, 4, 2, group=2),
+    TileShape(64, 32, 32, 4, 2, group=2, halves=True),
     descriptors=True,
 )
 
 
 def select(device: torch.device, dtype: torch.dtype, d: int, precision: str) -> Config:
-    """The configuration for tensors on this device."""
+    """The configuration for tensors on this device, or the one that `backends.settings` gives."""
+    given = current().config
+    if given is not None:
+        return given
     if device.type != "cuda":
         return INTERPRETED
     return FAMILIES[family_of(architecture(device))].config(dtype, d, precision)

@@ -1,23 +1,10 @@
-"""For people who property-test their own losses: Hypothesis strategies and the accuracy rule. Needs ``hypothesis``.
-
-Strategies draw shapes, options and a seed, never elements: a failing case shrinks to the smallest shape and prints as one
-line, and torch makes the numbers. ``assert_as_accurate`` holds a fast implementation against the error that plain PyTorch
-makes in the same dtype, instead of a hand-picked tolerance.
-
-    from hypothesis import given
-    from gcl_kernels import testing
-
-    @given(testing.problems())
-    def test_my_loss(problem):
-        batch = problem.build(torch.float32)
-        ...
-"""
+"""Hypothesis strategies: shapes, options and a seed, from which torch makes the numbers."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +18,7 @@ EDGE_DIMS = (1, 2, 7, 8, 16, 17, 33, 64, 100)
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Tensors of one problem; ``options`` are the keyword arguments of ``pairwise_logsumexp``."""
+    """Tensors of one problem; `options` are the keyword arguments of `pairwise_logsumexp`."""
 
     lhs: Tensor
     rhs: Tensor
@@ -45,10 +32,10 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A drawn problem: everything that decides its tensors. ``build`` makes them.
+    """A drawn problem: everything that decides its tensors. `build` makes them.
 
-    ``geometry``: ``"random"`` unit vectors; ``"paired"``: positives at a cosine near 0.9, as in a trained model;
-    ``"clustered"``: many near ties; ``"wide"``: not normalised, logits up to about 200 in size.
+    `geometry`: `"random"` unit vectors; `"paired"`: positives at a cosine near 0.9, as in a trained model;
+    `"clustered"`: many near ties; `"wide"`: not normalised, logits up to about 200 in size.
     """
 
     n: int
@@ -66,7 +53,7 @@ class Problem:
         return torch.Generator().manual_seed(self.seed)
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Batch:
-        """Fresh leaf tensors that require gradients. Values are rounded to ``dtype`` once, so every dtype above it agrees."""
+        """Fresh leaf tensors that require gradients. Values are rounded to `dtype` once, so every dtype above it agrees."""
         g = self.generator()
         lhs, rhs = (torch.randn(k, self.d, generator=g, dtype=torch.float64) for k in (self.n, self.m))
         if self.geometry == "clustered":
@@ -85,7 +72,7 @@ class Problem:
             options["labels"] = torch.randint(-1, self.m, shape, generator=g)
         if self.id_channels:
             options["lhs_ids"], options["rhs_ids"] = (
-                torch.randint(-1, self.distinct_ids, (k, self.id_channels), generator=g) for k in (self.n, self.m)
+                torch.randint(-3, self.distinct_ids, (k, self.id_channels), generator=g) for k in (self.n, self.m)
             )
         scale = torch.tensor(self.logit_scale, dtype=torch.promote_types(dtype, torch.float32))
         lhs, rhs = (self._lay_out(x.to(dtype)).to(device).requires_grad_() for x in (lhs, rhs))
@@ -109,7 +96,7 @@ def problems(
     labels: bool = True,
     ids: bool = True,
     geometries: Sequence[str] = ("random", "paired", "clustered", "wide"),
-    scales: Sequence[float] = (0.0, 1.0, 14.3, 100.0),
+    scales: Sequence[float] = (0.0, 1.0, 14.3, 100.0, -10.0),
 ) -> Problem:
     """Problems over shapes, labels, ids, scales, geometries and strides; restrict any of them by its argument."""
     n, m = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))
@@ -124,7 +111,7 @@ def problems(
         positives=positives,
         id_channels=draw(st.sampled_from((0, 1, 2))) if ids else 0,
         distinct_ids=draw(st.sampled_from((1, 2, 5, 1000))),
-        logit_scale=draw(st.sampled_from([s for s in scales if geometry != "wide" or s <= 15])),
+        logit_scale=draw(st.sampled_from([s for s in scales if geometry != "wide" or abs(s) <= 15])),
         geometry=geometry,
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
@@ -133,10 +120,10 @@ def problems(
 
 @dataclasses.dataclass(frozen=True)
 class FieldProblem:
-    """A drawn call of ``aggregate_fields``. ``build`` makes its tensors.
+    """A drawn call of `aggregate_fields`. `build` makes its tensors.
 
     Some rows have a field that is the zero vector, one has fields that cancel, and where there is a mask some have no field.
-    ``layout``: ``"rows"`` contiguous, ``"apart"`` rows apart in a larger buffer, ``"transposed"`` a column-major buffer; what
+    `layout`: `"rows"` contiguous, `"apart"` rows apart in a larger buffer, `"transposed"` a column-major buffer; what
     lies between and around the numbers is NaN.
     """
 
@@ -198,7 +185,7 @@ def field_problems(
 
 
 def loss_options() -> st.SearchStrategy[dict[str, Any]]:
-    """Keyword arguments of ``gcl_loss`` that do not depend on shapes."""
+    """Keyword arguments of `gcl_loss` that do not depend on shapes."""
     return st.fixed_dictionaries(
         {
             "directions": st.sampled_from(("both", "lhs_to_rhs", "rhs_to_lhs")),
@@ -207,54 +194,3 @@ def loss_options() -> st.SearchStrategy[dict[str, Any]]:
             "z_loss": st.sampled_from((0.0, 1e-3)),
         }
     )
-
-
-def value_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
-    """[outputs..., gradient of each input] of ``function()``, for one fixed random upstream gradient.
-
-    ``function`` returns a tensor or a sequence of tensors. Infinite outputs (the -inf of a line with nothing visible)
-    get no upstream gradient, as in any loss that uses the others.
-    """
-    outputs = function()
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    g = torch.Generator().manual_seed(seed)
-    total = torch.zeros(())
-    for v in outputs:
-        upstream = torch.rand(v.shape, generator=g, dtype=torch.float64).to(v.device)
-        total = total + (torch.where(v.isinf(), 0.0, v.to(torch.float64)) * upstream).sum().cpu()
-    gradients = torch.autograd.grad(total, list(inputs), allow_unused=True, materialize_grads=True)
-    return [v.detach() for v in (*outputs, *gradients)]
-
-
-def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """|actual - oracle| / |oracle| in the Euclidean norm; equal infinities count as no error; NaN where NaN differs."""
-    actual, oracle = actual.detach().to("cpu", torch.float64), oracle.detach().to("cpu", torch.float64)
-    same = actual == oracle
-    difference = torch.where(same, 0.0, actual - oracle)
-    norm = torch.where(oracle.isinf(), 0.0, oracle).norm()
-    error = difference.norm() / norm
-    return 0.0 if bool(same.all()) else float(error)
-
-
-def assert_as_accurate(
-    actual: Sequence[Tensor],
-    dense: Sequence[Sequence[Tensor]],
-    oracle: Sequence[Tensor],
-    names: Sequence[str] | None = None,
-    factor: float = 1.25,
-    floor: float = 1e-6,
-) -> None:
-    """The accuracy rule: error(actual) <= factor * error(dense) + floor, each relative to the float64 oracle's norm.
-
-    Args:
-        actual: what is tested.
-        dense: the same quantities by plain PyTorch in the same dtype, by one or more equivalent expressions (the scale
-            applied before or after the product, say): the largest error counts, so that one lucky rounding sets no standard.
-        oracle: the same by plain PyTorch in float64.
-    """
-    for k, (a, o) in enumerate(zip(actual, oracle, strict=True)):
-        name = names[k] if names else f"output {k}"
-        assert a.shape == o.shape, f"{name}: expected shape {tuple(o.shape)}, got {tuple(a.shape)}"
-        limit = factor * max(relative_error(d[k], o) for d in dense) + floor
-        error = relative_error(a, o)
-        assert error <= limit or math.isnan(limit), f"{name}: error {error:.3g} is over {limit:.3g}"

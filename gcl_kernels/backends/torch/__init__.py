@@ -1,0 +1,12 @@
+"""The primitive in plain PyTorch, tile by tile, on any device.
+
+A tile is the logits of (rows of a chunk) x (columns of a block), in base 2. The scale and log2(e) are folded into lhs. One tile
+is alive at a time, and a second one of its size for factors. Only `forward_with_gradient` stores more, within the workspace
+budget.
+
+`tiles` makes tiles and knows no loss, `modify` hides pairs, `softmax` is the loss of a tile, `passes` goes over all tiles.
+"""
+
+from .passes import backward, forward, forward_with_gradient
+
+__all__ = ["backward", "forward", "forward_with_gradient"]

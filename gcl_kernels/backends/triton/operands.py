@@ -1,0 +1,181 @@
+"""The inputs as the kernels read them: aligned matrices, padded vectors, 32-bit ids, one number that scales everything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...pairs import Pairs
+from ..base2 import LOG2E, Line, high_and_low
+from ..chunks import round_up
+from .config import Config, TileShape, select
+from .run import Block
+
+# The kernels read vectors in whole tiles, of any side up to this.
+PAD = 256
+
+
+@dataclass(frozen=True)
+class Operands:
+    lhs: Tensor  # (N, D'), `operand`
+    rhs: Tensor  # (M, D')
+    d: int  # D before padding
+    scale: tuple[
+        Tensor, Tensor | None
+    ]  # logit_scale * log2(e) in float32; for float32 inputs what rounding took from it
+    labels: Tensor | None  # (N.., P) int32, `padded`; None: row i's positive is column i
+    positives: int  # P
+    lhs_ids: Tensor | None  # (K, N..) int32, `compress_ids`
+    rhs_ids: Tensor | None
+    config: Config
+    precision: str
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> Operands:
+        precision = input_precision(pairs.lhs.dtype)
+        high, low = high_and_low(pairs.logit_scale.to(torch.float64) * LOG2E, torch.float32)
+        lhs_ids, rhs_ids = None, None
+        if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
+            lhs_ids, rhs_ids = compress_ids(pairs.lhs_ids, pairs.rhs_ids)
+        return cls(
+            operand(pairs.lhs),
+            operand(pairs.rhs),
+            pairs.d,
+            (high, low if pairs.lhs.dtype == torch.float32 else None),
+            None if pairs.labels is None else padded(pairs.labels.to(torch.int32), -1),
+            pairs.positives,
+            lhs_ids,
+            rhs_ids,
+            select(pairs.lhs.device, pairs.lhs.dtype, pairs.d, precision),
+            precision,
+        )
+
+    @property
+    def n(self) -> int:
+        return self.lhs.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.rhs.shape[0]
+
+    def tile(self, *, backward: bool = False, stored: bool = False) -> TileShape:
+        return self.config.tile(backward, self.lhs_ids is not None or self.positives > 1, stored)
+
+    def arguments(self, rows: slice, cols: slice, tile: TileShape, written: Tensor | None = None) -> dict[str, Any]:
+        """What both tile kernels take, for a chunk whose tiles are written to a matrix, or to none."""
+        lhs, rhs = self.lhs[rows], self.rhs[cols]
+        return {
+            "lhs": self.block(lhs, tile.rows, tile.d),
+            "rhs": self.block(rhs, tile.cols, tile.d),
+            "strides": (lhs.stride(0), rhs.stride(0), 0 if written is None else written.stride(0)),
+            "scale": self.scale,
+            "p_labels": None if self.labels is None else self.labels[rows.start :],
+            "terms": self.terms(rows, cols),
+            "n": lhs.shape[0],
+            "m": rhs.shape[0],
+            "d": lhs.shape[1],
+            "shift": (rows.start if self.labels is None else 0) - cols.start,
+            "PRECISION": self.precision,
+            "LABELS": self.positives,
+            **tile_constants(tile, lhs.shape[1]),
+        }
+
+    def terms(self, rows: slice, cols: slice) -> tuple[Any, ...]:
+        """`modify.modify`'s, in its order."""
+        if self.lhs_ids is None or self.rhs_ids is None:
+            return (None,)
+        channels = zip(self.lhs_ids, self.rhs_ids, strict=True)
+        return (tuple((left[rows.start :], right[cols.start :]) for left, right in channels),)
+
+    def block(self, x: Tensor, rows: int, cols: int) -> Tensor | Block:
+        """A matrix as the kernels take it: a descriptor of (rows, cols) blocks, or the tensor for its pointer."""
+        return Block(x, rows, cols) if self.config.descriptors else x
+
+
+def tile_constants(tile: TileShape, d: int) -> dict[str, Any]:
+    return {
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLS": tile.cols,
+        "BLOCK_D": tile.d,
+        "GROUP": tile.group,
+        "WHOLE_D": d % tile.d == 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def operand(x: Tensor) -> Tensor:
+    """x, or a copy, with D and the row pitch multiples of 16 elements and a base aligned to 16 bytes.
+
+    Descriptors and 16-byte loads need that. An embedding of another layout, or a D that is no multiple of 16, is copied once a
+    pass, O((N + M) D), its D padded with zeros of our own: far cheaper than the 2-byte loads the N M D work would take.
+    """
+    rows, d = x.shape
+    if d % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.stride(0) >= d and x.data_ptr() % 16 == 0:
+        return x
+    copy = x.new_zeros((rows, round_up(d, 16)))
+    copy[:, :d] = x
+    return copy
+
+
+def padded(x: Tensor, value: float) -> Tensor:
+    """A copy with rows of `value` added up to a multiple of PAD."""
+    copy = x.new_full((round_up(len(x), PAD), *x.shape[1:]), value)
+    copy[: len(x)] = x
+    return copy
+
+
+def compress_ids(lhs_ids: Tensor, rhs_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, N) and (K, M) int32 that are equal exactly where the int64 ids are equal and not negative.
+
+    A tile compares every row with every column: half the registers and half the instructions. The number that stands for an
+    id is its position among all of its channel's ids, sorted.
+    """
+    left, right = lhs_ids.t().contiguous(), rhs_ids.t().contiguous()
+    order = torch.cat([left, right], dim=1).sort(dim=1).values
+
+    def position(ids: Tensor, absent: int) -> Tensor:
+        found = torch.searchsorted(order, ids, out_int32=True).masked_fill_(ids < 0, absent)
+        return padded(found.t(), absent).t().contiguous()
+
+    return position(left, -1), position(right, -2)
+
+
+def packed(by_row: Line | None, by_col: Line | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(3, N..) and (3, M..) float32: reference, gain and factor of each line; and the factors' middle.
+
+    The factors are exp2(r - middle) of a row and g exp2(middle - c) of a column: what the one-exponential form needs, which
+    is for both directions. For one there are neither factors nor a middle. A direction that is not there is None.
+    """
+    middle = None
+    if by_row is not None and by_col is not None:
+        middle = torch.stack([by_row.lse2.mean(), by_col.lse2.mean()]).mean()
+
+    def pack(line: Line | None, sign: int) -> Tensor | None:
+        if line is None:
+            return None
+        vectors = [line.reference, line.gain]
+        if middle is not None:
+            factor = torch.exp2(sign * (line.lse2 - middle))
+            vectors.append((factor if sign > 0 else line.g * factor).to(torch.float32))
+        values = padded(torch.stack(vectors, dim=1), 0).t().contiguous()
+        values[0, len(line.reference) :] = -sign * math.inf  # neither the highest row nor the lowest column of its tile
+        return values
+
+    return pack(by_row, 1), pack(by_col, -1), None if middle is None else middle.to(torch.float32)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """What float32 products are made of: `torch.get_float32_matmul_precision()` in Triton's words."""
+    if dtype != torch.float32:
+        return "ieee"  # has no meaning for half precision, whose products are exact
+    on_hip = torch.version.hip is not None
+    return {
+        "highest": "ieee",
+        "high": "bf16x3" if on_hip else "tf32x3",
+        "medium": "bf16x3" if on_hip else "tf32",
+    }[torch.get_float32_matmul_precision()]

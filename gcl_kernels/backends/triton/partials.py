@@ -1,0 +1,56 @@
+"""(max, sum of exponentials) of lines, base 2: what a tile leaves of its part of a line, and their union over tiles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..chunks import cdiv
+from .run import run
+
+# 32 lines are one 128-byte line of a partial; 32 tiles of them keep 8 loads a thread in flight.
+MERGE_TILES, MERGE_LINES = 32, 32
+
+
+class Statistics:
+    """Running (max, sum) of some lines."""
+
+    def __init__(self, top: Tensor, total: Tensor):
+        self.top, self.total = top, total
+
+    @classmethod
+    def of(cls, like: Tensor, lines: int) -> Statistics:
+        return cls(
+            like.new_full((lines,), -math.inf, dtype=torch.float32), like.new_zeros((lines,), dtype=torch.float64)
+        )
+
+    def __getitem__(self, lines: slice) -> Statistics:
+        return Statistics(self.top[lines], self.total[lines])
+
+    def merge(self, parts: tuple[Tensor, Tensor], tiles: int) -> None:
+        """parts: `empty_parts`, filled for these lines by so many tiles, tile by tile."""
+        lines = len(self.top)
+        run(
+            "merge_partials",
+            cdiv(lines, MERGE_LINES),
+            p_part_top=parts[0],
+            p_part_total=parts[1],
+            p_top=self.top,
+            p_total=self.total,
+            n_lines=lines,
+            n_tiles=tiles,
+            BLOCK_TILES=MERGE_TILES,
+            BLOCK_LINES=MERGE_LINES,
+            num_warps=4,
+        )
+
+    def logsumexp2(self) -> Tensor:
+        return self.total.log2().add_(self.top)
+
+
+def empty_parts(like: Tensor, tiles: int, lines: int) -> tuple[Tensor, Tensor]:
+    """Tops and totals of each line in each tile, for an epilogue to fill."""
+    tops, totals = (like.new_empty(tiles * lines, dtype=torch.float32) for _ in range(2))
+    return tops, totals

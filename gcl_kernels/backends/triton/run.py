@@ -1,0 +1,88 @@
+"""Where the host side meets Triton: kernels are launched here by name, and only here is Triton imported, when one is.
+
+So everything beside the JIT functions imports without Triton, and with another runner in place it runs without it: on tensors
+without memory it then says what would be launched on which shapes (`replaced_by`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Arguments of kernels that are JIT functions, given by their names in `softmax`.
+FUNCTIONS = ("EPILOGUE", "FITS", "GRADIENT")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A matrix that a kernel takes as a descriptor of (rows, cols) blocks."""
+
+    tensor: Tensor
+    rows: int
+    cols: int
+
+
+def run(kernel: str, programs: int, **arguments: Any) -> None:
+    """Launches a kernel of `kernels` or `field_kernels` on the device of its tensors."""
+    _runner(kernel, programs, **arguments)
+
+
+@contextlib.contextmanager
+def replaced_by(runner: Callable[..., None]) -> Iterator[None]:
+    """Within the `with` block, `run` calls `runner(kernel, programs, **arguments)` and launches nothing."""
+    global _runner
+    before, _runner = _runner, runner
+    try:
+        yield
+    finally:
+        _runner = before
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    from .tiles import INTERPRETED
+
+    return bool(INTERPRETED.value)
+
+
+def storable(x: Tensor) -> torch.dtype:
+    """What kernels store in place of x's dtype: itself, but float32 in the interpreter, whose bfloat16 rounding is faulty."""
+    return torch.float32 if x.device.type != "meta" and interpreted() else x.dtype
+
+
+def _launch(kernel: str, programs: int, **arguments: Any) -> None:
+    functions = _jit_functions()
+    arguments |= {name: functions[arguments[name]] for name in FUNCTIONS if arguments.get(name) is not None}
+    device = next(x.device for x in map(_first, arguments.values()) if isinstance(x, Tensor))
+    arguments = {name: _descriptor(x) if isinstance(x, Block) else x for name, x in arguments.items()}
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        functions[kernel][(programs,)](**arguments)
+
+
+_runner: Callable[..., None] = _launch
+
+
+@cache
+def _jit_functions() -> dict[str, Any]:
+    from . import field_kernels, kernels, softmax
+
+    return {**vars(softmax), **vars(field_kernels), **vars(kernels)}
+
+
+def _first(x: Any) -> Any:
+    if isinstance(x, Block):
+        return x.tensor
+    return _first(x[0]) if isinstance(x, tuple) and x else x
+
+
+def _descriptor(block: Block) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(block.tensor, [block.rows, block.cols])

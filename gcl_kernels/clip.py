@@ -1,0 +1,156 @@
+"""`ClipLoss`: open_clip's loss, with the four meanings that it has over a process group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .derivatives import refuse_forward_mode
+from .groups import local_tensor
+from .losses import gcl_loss
+from .types import signature_of
+
+
+class ClipLoss(nn.Module):
+    """Drop-in for `open_clip.ClipLoss`: same constructor and forward arguments, same loss and gradients.
+
+    With `world_size > 1`, over the default process group, each pair of flags has open_clip's value and gradients on every rank,
+    without its N x N logits (N: all ranks' rows). What they mean, and what a rank does of the N^2 D work, here and in open_clip:
+
+    | local_loss | gather_with_grad | value on rank r | gradient of the features | work | open_clip's |
+    |---|---|---|---|---|---|
+    | False | False (default) | the loss L of all rows | dL, of its own rows | 8 / world | 6, N^2 memory |
+    | False | True | L | world * dL | 8 / world | 6, N^2 memory |
+    | True | False | L_r of its own rows and columns | dL_r, own rows only; others' are constants | 8 / world | 8 |
+    | True | True | L_r | of the sum of all L_r | 12 / world | 12 |
+
+    DistributedDataParallel averages gradients. With `gather_with_grad=True` it therefore trains as one process on the joined
+    batch would. The default divides the features' gradient, but not logit_scale's, by world. `gcl_loss(..., process_group=)`
+    trains as True, True does at 8 / world, and takes a ring.
+
+    Args:
+        local_loss: see the table.
+        gather_with_grad: see the table.
+        cache_labels: accepted, and changes nothing: no labels are made.
+        rank: of this process in the default group.
+        world_size: of the default group.
+        use_horovod: refused where True.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod: expected False (torch.distributed is the only transport), got True")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        names = ("local_loss", "gather_with_grad", "cache_labels", "rank")
+        shown = [name for name in names if getattr(self, name)] + ["world_size"] * (self.world_size != 1)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        *,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]: ...
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """CLIP's symmetric cross-entropy of (N, D) features, float32 (float64 for float64 features).
+
+        Args:
+            image_features: (N, D), used as given.
+            text_features: (N, D), used as given.
+            logit_scale: 1 / temperature: a float or a one-element tensor, which may need a gradient.
+            logit_bias: cancels in a softmax; it is accepted and gets the gradient 0.
+            output_dict: True returns `{"contrastive_loss": loss}`.
+        """
+        refuse_forward_mode("ClipLoss", image_features, text_features, logit_scale, logit_bias)
+        group = None if self.world_size == 1 else torch.distributed.group.WORLD
+        image_features = local_tensor("image_features", image_features, group)
+        text_features = local_tensor("text_features", text_features, group)
+        logit_scale = local_tensor("logit_scale", logit_scale, group)
+        if self.world_size == 1:
+            loss = gcl_loss(image_features, text_features, logit_scale)
+        else:
+            loss = self._distributed(image_features, text_features, logit_scale)
+        if logit_bias is not None:
+            loss = loss + 0.0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        if not self.local_loss:
+            return self._loss_of_all(image_features, text_features, logit_scale)
+        all_images, all_texts = self._gather(image_features), self._gather(text_features)
+        n = image_features.shape[0]
+        labels = torch.arange(n, device=image_features.device) + self.rank * n
+        images = gcl_loss(image_features, all_texts, logit_scale, labels=labels, directions="lhs_to_rhs")
+        texts = gcl_loss(text_features, all_images, logit_scale, labels=labels, directions="lhs_to_rhs")
+        return (images + texts) / 2
+
+    def _loss_of_all(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Each rank's rows once, then the sum: what every rank of open_clip works out for itself."""
+        group = torch.distributed.group.WORLD
+        # open_clip's gathering adds the gradients of all ranks' copies of the loss, to features but not to logit_scale
+        copies = self.world_size if self.gather_with_grad else 1
+        if isinstance(logit_scale, Tensor):
+            logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
+        share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
+        return distributed.sum_values(share, copies, group)
+
+    def _gather(self, features: Tensor) -> Tensor:
+        """(world_size * N, D), of `local_loss`; it has a gradient only under `gather_with_grad`, as in open_clip."""
+        mine = features if self.gather_with_grad else features.detach()
+        return distributed.all_rows(mine, (len(mine),) * self.world_size, torch.distributed.group.WORLD, "features")

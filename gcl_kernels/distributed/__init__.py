@@ -1,0 +1,29 @@
+"""The primitive over a process group: rank r holds some rows of lhs and some of rhs, and only rhs travels.
+
+The N x M plane is cut by rows, so a rank does 8 N M D / world and nothing twice. Two transports of rhs:
+
+`"all_gather"`: every rank gets all of rhs at once and keeps it for the backward, O(M D) memory.
+`"ring"`: rank to rank, one rank's rows at a time, sent on while they are used. rhs is never whole anywhere, O(M D / world).
+
+Besides rhs (and, in the backward, its gradient in float32) what travels is O(M) a rank: ids, and each rank's part of col.
+
+`agreement` is the first exchange of every call, `exchange` moves bytes, `primitive` is the loss's statistics over ranks.
+"""
+
+from .agreement import TRANSPORTS, Ranks, agree, check_group, first_column, shared_failure
+from .exchange import all_rows, sum_gradients, sum_values, total
+from .primitive import statistics
+
+__all__ = [
+    "TRANSPORTS",
+    "Ranks",
+    "agree",
+    "all_rows",
+    "check_group",
+    "first_column",
+    "shared_failure",
+    "statistics",
+    "sum_gradients",
+    "sum_values",
+    "total",
+]

@@ -1,0 +1,103 @@
+"""This library's loss on a GPU: the Triton backend's chunks, its tiles, its memory."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..backends import Want
+from ..backends.chunks import cdiv, chunk_of_gradient, rows_of_partials, whole_lines
+from ..backends.triton.config import FAMILIES, Config
+from ..chips import TRITON_LAUNCH, Chip
+from .model import Phase, Prediction, Sizes
+from .trace import peak_memory
+
+# Eager operators of one step around its kernels and products: ClipLoss and autograd, the vectors of the forward, those of the
+# backward, and what is repeated for each chunk of rows and each tile of G.
+LOSS_OPERATORS, FORWARD_OPERATORS, BACKWARD_OPERATORS = 36, 23, 83
+OPERATORS_A_CHUNK, OPERATORS_A_TILE = 7, 2
+
+
+def on_gpu(p: Sizes, chip: Chip) -> Prediction:
+    """A step of `backends.triton.launch`."""
+    config = launch_config(p, chip)
+    forward, backward = config.forward, config.backward
+    both = p.directions == 2
+    one_pass = in_one_pass(p)
+    f_rows = rows_of_partials(p.n, p.m, (forward.rows, forward.cols), True, both)
+    rows, cols = chunk_of_gradient(p.n, p.m, (backward.rows, backward.cols), p.s)
+    if one_pass:  # the tiles of the forward are stored
+        rows, cols = whole_lines(p.n, p.m, backward.rows, p.s), p.m
+        f_rows, forward = rows, backward
+    n_forward, n_rows, n_cols = (cdiv(*v) for v in ((p.n, f_rows), (p.n, rows), (p.m, cols)))
+    product = 2 * p.logits * p.d
+    partials = 8.0 * (p.n * cdiv(p.m, forward.cols) + p.m * cdiv(p.n, forward.rows) * both)
+    g = p.logits * p.s
+
+    def exponentials(tile) -> float:
+        return p.logits * (1 if tile.one_exponential or not both else 2)
+
+    phases = [
+        p.exchange(1, 4),
+        Phase(
+            "forward tiles",
+            p.dtype,
+            product,
+            exponentials(forward),
+            n_forward * operand_bytes(f_rows, p.m, p, forward) + partials,
+            n_forward * TRITON_LAUNCH,
+        ),
+        Phase("merges", bytes=partials, host=n_forward * (1 + both) * TRITON_LAUNCH),
+        Phase(
+            "backward tiles",
+            p.dtype,
+            0.0 if one_pass else product,
+            0.0 if one_pass else exponentials(backward),
+            g + (0.0 if one_pass else n_rows * n_cols * operand_bytes(rows, cols, p, backward)),
+            0.0 if one_pass else n_rows * n_cols * TRITON_LAUNCH,
+        ),
+        # G and an operand are read; float32 accumulators of a chunk are read and written once a tile of G
+        Phase(
+            "G @ rhs",
+            p.dtype,
+            product,
+            bytes=g + n_rows * p.m * p.d * p.s + 8.0 * n_cols * p.n * p.d,
+            host=n_rows * n_cols * chip.launch,
+        ),
+        Phase(
+            "G^T @ lhs",
+            p.dtype,
+            product,
+            bytes=g + n_cols * p.n * p.d * p.s + 8.0 * n_rows * p.m * p.d,
+            host=n_rows * n_cols * chip.launch,
+        ),
+        Phase(
+            "the rest",
+            bytes=(8.0 + p.s) * (p.n + p.m) * p.d,
+            host=(LOSS_OPERATORS + FORWARD_OPERATORS + BACKWARD_OPERATORS + OPERATORS_A_CHUNK * n_rows) * chip.launch,
+        ),
+    ]
+    chunks = f"G in {n_rows * n_cols:,} of {rows:,} x {cols:,}, forward in {n_forward:,} of {f_rows:,} rows"
+    return Prediction("ours, triton", tuple(phases), memory_on_gpu(p, chip), chunks)
+
+
+def operand_bytes(n: int, m: int, p: Sizes, tile) -> float:
+    """Bytes that the tile kernel reads of lhs and rhs: a band of row tiles stays in cache while the columns pass once."""
+    bands = -(-n // (tile.group * tile.rows))
+    return float(n + bands * m) * p.d * p.s
+
+
+def in_one_pass(p: Sizes) -> bool:
+    rule = backends.BACKENDS["triton"].one_pass
+    return rule(p.n, p.m, Want(True, p.directions == 2), torch.device("cuda"), p.torch_dtype)
+
+
+def memory_on_gpu(p: Sizes, chip: Chip) -> float:
+    """Bytes at the peak, of the launch code run on tensors without memory, and of what is exchanged between ranks."""
+    forward, backward = peak_memory(p, launch_config(p, chip), in_one_pass(p))
+    return p.gathered + max(forward, max(backward, p.exchanged_gradients) - p.gradients)
+
+
+def launch_config(p: Sizes, chip: Chip) -> Config:
+    assert chip.family is not None
+    return FAMILIES[chip.family].config(p.torch_dtype, p.d, "tf32" if p.dtype == "tf32" else "ieee")
