@@ -17,49 +17,7 @@ from gcl_kernels.training import checkpoint, train
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import write_atomically
 from gcl_kernels.training.options import parse_args
-
-# A run that draws random numbers (dropout) and, asked to, kills itself at the n-th call of something.
-CHILD = """
-import os, signal, sys, torch
-from gcl_kernels.training import train as module
-from gcl_kernels.training.options import parse_args
-from tests.training.test_checkpoint import with_dropout
-
-def killing(function, count, before):
-    calls = 0
-    def call(*args, **options):
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            before(*args)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return call
-
-def half(content, path):
-    save(content, path)
-    os.truncate(path, os.path.getsize(path) // 2)
-
-save = torch.save
-where, count = sys.argv[1], int(sys.argv[2])
-if where == "step":
-    torch.optim.AdamW.step = killing(torch.optim.AdamW.step, count, lambda *args: None)
-if where == "write":
-    torch.save = killing(torch.save, count, half)
-torch.set_num_threads(1)
-module.create_model = with_dropout(module.create_model)
-module.train(parse_args(sys.argv[3:]))
-"""
-
-
-def with_dropout(create_model):
-    def create(*args, **options):
-        model, *rest = create_model(*args, **options)
-        encode = model.encode_text
-        model.encode_text = lambda tokens: torch.nn.functional.dropout(encode(tokens), 0.2, model.training)
-        return model, *rest
-
-    return create
+from tests.training.children import run_killed, with_dropout
 
 
 @pytest.fixture
@@ -78,10 +36,7 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_never_killed(options, tmp_
     again = [*options, "--name=killed", "--save-steps=2", "--resume=latest"]
     # In the 4th step, one after a checkpoint; while the second checkpoint after that is written.
     for where, count in (("step", 4), ("write", 2)):
-        result = subprocess.run(
-            [sys.executable, "-c", CHILD, where, str(count), *again], capture_output=True, text=True
-        )
-        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert run_killed(where, count, again) == -signal.SIGKILL
     capsys.readouterr()
     resumed = train.train(parse_args(again))
     assert "epoch_latest.pt at step 4 of 8" in capsys.readouterr().out

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from gcl_kernels.training import experiments
 from gcl_kernels.training import options as training_options
+from gcl_kernels.training.__main__ import main as train
 from gcl_kernels.training.experiments import DataSet, main, options_of, parse_args, results_file
 from gcl_kernels.training.metrics import NAMES
 
@@ -72,6 +76,23 @@ def test_a_data_set_that_is_not_built_in_needs_its_folder(tmp_path, name):
         main(["--data", name, f"--out={tmp_path}"])
 
 
+@pytest.fixture
+def runs_in_this_process(monkeypatch):
+    """Cells whose training begins run here instead of in a process each, which would import torch again; one that fails, does so
+    in a process of its own."""
+    run_process = subprocess.run
+
+    def run(command, *, stdout, **options):
+        assert command[:3] == [sys.executable, "-m", "gcl_kernels.training"]
+        if "--model=ViT-X" in command:
+            return run_process(command, stdout=stdout, **options)
+        with contextlib.redirect_stdout(stdout):
+            return subprocess.CompletedProcess(command, train(command[3:]))
+
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("runs_in_this_process")
 def test_cells_run_once_and_one_that_fails_is_named(toy, tmp_path, capsys):
     argv = [*toy, "--seeds=1", "--compare", "constant", "log+min-score=3", "log+model=ViT-X"]
     assert main(argv) == 1
