@@ -121,6 +121,17 @@ def test_a_retained_graph_gives_the_same_bits_again_whatever_became_of_the_first
             x.grad = None
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_row_without_a_label_adds_nothing_whatever_it_holds(p):
+    x, y, labels = torch.randn(5, 3), torch.randn(7, 3), torch.arange(5)[:, None].repeat(1, p)
+    labels[2] = -1
+    clean = gcl_loss(x, y, 2.0, labels=labels, directions="lhs_to_rhs", reduction="none")
+    x[2] = math.nan
+    loss = gcl_loss(x, y, 2.0, labels=labels, directions="lhs_to_rhs", reduction="none")
+    assert loss[2] == 0
+    assert torch.equal(loss, clean)
+
+
 def test_several_positives_are_a_soft_target():
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     target = torch.zeros(6, 9, dtype=torch.float64)

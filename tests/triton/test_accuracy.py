@@ -15,7 +15,7 @@ from gcl_kernels.pairs import Pairs
 from tests.oracle import DTYPES, LOSS_NAMES, NAMES, assert_accurate, bias_of_logits, run
 from tests.test_cost import assert_rounded_last
 
-from .common import build, cases, configs, triton, using
+from .common import build, cases, configs, configurations, triton, using
 from .conftest import DEVICE
 
 # numpy says so when the interpreter meets the infinities and NaN that some of these tests feed it
@@ -163,9 +163,29 @@ def test_one_direction_in_one_pass_is_as_accurate(problem, dtype, config, by_row
     batch = build(problem, dtype)
     with using(config, budget):
         actual = in_one_pass(batch, by_row)
+    assert_line_accurate(actual, batch, by_row)
+
+
+def assert_line_accurate(actual, batch, by_row):
     line = "row" if by_row else "col"
     outputs = {"outputs": lambda out: (getattr(out, line), out.positive)}
     assert_accurate(actual, batch, names=(line, "positive", *NAMES[3:]), **outputs)
+
+
+SMALL = [c for c in configurations() if max(c.forward.sides) < 128 and not c.forward.one_exponential]
+
+
+@pytest.mark.parametrize("positives", [None, 2])
+@pytest.mark.parametrize("config", SMALL[:: len(SMALL) - 1], ids=["descriptors", "pointers"])
+def test_chunks_on_every_side(config, positives):
+    """A workspace of one tile: several chunks of rows and of columns, each with its part of labels, ids and lines."""
+    batch = build(testing.Problem(97, 97, 16, positives, 2, 20, 5.0, "random", False, 0), torch.float32)
+    with using(config, 2**9):
+        actual = run(triton, batch)
+        in_lines = {by_row: in_one_pass(batch, by_row) for by_row in (True, False)}
+    assert_accurate(actual, batch)
+    for by_row, got in in_lines.items():
+        assert_line_accurate(got, batch, by_row)
 
 
 @pytest.mark.parametrize("by_row", [True, False])
