@@ -1,7 +1,7 @@
-"""Published rates of the chips that the models of time and memory know: ``python -m gcl_kernels.plan``, ``bench.roofline``.
+"""Published rates of the chips that the models of time and memory know: `python -m gcl_kernels.plan`, `bench.roofline`.
 
-These are ceilings from data sheets, and ``Chip.reach`` says which part of them is expected; nothing in this file was measured on
-such a chip. The CPU is the exception: :func:`this_cpu` measures the machine it runs on.
+These are ceilings from data sheets, and `Chip.reach` says which part of them is expected; nothing in this file was measured on
+such a chip. The CPU is the exception: `this_cpu` measures the machine it runs on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chip:
     reach: Reach = Reach()
 
     def rate(self, dtype: str) -> float:
-        """Of matrix products, by the names in ``DTYPES``."""
+        """Of matrix products, by the names in `DTYPES`."""
         return {"bf16": self.half, "fp16": self.half, "tf32": self.tf32, "fp32": self.fp32}[dtype]
 
 

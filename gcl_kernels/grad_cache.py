@@ -22,29 +22,29 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 def cached(encoder: Callable[..., Any], micro_batch_size: int) -> Callable[..., Any]:
-    """``encoder`` with the same arguments and results, whose graph exists for one micro-batch at a time.
+    """`encoder` with the same arguments and results, whose graph exists for one micro-batch at a time.
 
     Args:
         encoder: any callable. Tensors of its arguments, nested in lists, tuples and mappings however deep, are cut along
             their first dimension, the batch, alike in all; what is no tensor, and 0-d tensors, go to every micro-batch as they
-            are. It returns tensors likewise nested, cut along the batch too (a 0-d one, like the ``logit_scale`` of
+            are. It returns tensors likewise nested, cut along the batch too (a 0-d one, like the `logit_scale` of
             open_clip's models, has to be the same for every micro-batch).
         micro_batch_size: rows encoded at once; the last micro-batch may be smaller.
 
     Returns:
-        A callable; mappings it returns are dicts. Its results' gradients reach the encoder's parameters during ``backward()``
+        A callable; mappings it returns are dicts. Its results' gradients reach the encoder's parameters during `backward()`
         and equal those without caching: dropout and all other random numbers are replayed (the CPU's and those of the
-        arguments' devices). Autocast is replayed too, and a ``GradScaler`` needs nothing special.
+        arguments' devices). Autocast is replayed too, and a `GradScaler` needs nothing special.
 
-    With ``DistributedDataParallel`` pass the wrapped module itself as ``encoder``: gradients are averaged over ranks with
-    the last micro-batch, once a call. What trains must then come out of its ``forward``, ``logit_scale`` included, as with
+    With `DistributedDataParallel` pass the wrapped module itself as `encoder`: gradients are averaged over ranks with
+    the last micro-batch, once a call. What trains must then come out of its `forward`, `logit_scale` included, as with
     open_clip's models; several fields or towers are best encoded by one module in one call.
 
     A layer that looks at its whole batch (BatchNorm) sees micro-batches. Parameters must not change between forward and backward.
 
     Raises:
         TypeError, ValueError: when called, naming the argument: batch sizes that differ, an argument that requires a gradient
-            (encode it inside ``encoder``), results that are not as long as their micro-batch.
+            (encode it inside `encoder`), results that are not as long as their micro-batch.
     """
     if not callable(encoder):
         raise TypeError(f"encoder: expected a callable, got {type(encoder).__name__}")

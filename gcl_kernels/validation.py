@@ -62,7 +62,7 @@ def check_scale(logit_scale: Tensor | float, lhs: Tensor) -> Tensor:
 
 
 def check_labels(labels: Tensor | None, lhs: Tensor, rhs: Tensor, distributed: bool = False) -> None:
-    """``distributed``: labels may name other ranks' columns, which only the ranks together can check."""
+    """`distributed`: labels may name other ranks' columns, which only the ranks together can check."""
     n, m = lhs.shape[0], rhs.shape[0]
     if labels is None:
         if m < n:

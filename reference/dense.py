@@ -118,10 +118,10 @@ def gcl_loss(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """l_i = sum_p w_ip * ( a * D(row_i) + (1 - a) * D(col_{t_ip}) ), with a = 1/2, 1 or 0 by ``directions`` and
+    """l_i = sum_p w_ip * ( a * D(row_i) + (1 - a) * D(col_{t_ip}) ), with a = 1/2, 1 or 0 by `directions` and
 
     D(lse) = (1 - e) * (lse - s_it) + e * (lse - mean s) + c * lse^2, e = label_smoothing, c = z_loss, the mean over all
-    columns (rows), hidden or not. ``field_mode="pairwise"``: l_i is the sum over field pairs (f, g) of beta_fg l_i(L_f, R_g),
+    columns (rows), hidden or not. `field_mode="pairwise"`: l_i is the sum over field pairs (f, g) of beta_fg l_i(L_f, R_g),
     beta_fg = u_f v_g with u and v the field weights of each side divided by their sum.
     """
     some = next(iter(lhs.values())) if isinstance(lhs, Mapping) else lhs

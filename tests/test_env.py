@@ -1,4 +1,4 @@
-"""``python -m gcl_kernels.env``."""
+"""`python -m gcl_kernels.env`."""
 
 import subprocess
 import sys

@@ -187,7 +187,7 @@ def test_only_one_micro_batch_has_a_graph_at_a_time():
 
 
 def test_gradients_are_averaged_over_ranks_with_the_last_micro_batch_only():
-    """DistributedDataParallel decides for it in a forward, by whether that is inside ``no_sync``."""
+    """DistributedDataParallel decides for it in a forward, by whether that is inside `no_sync`."""
 
     class Averaged(nn.Linear):
         syncs, synced = True, ()

@@ -94,7 +94,7 @@ def test_aggregation_by_hand():
 
 
 def everything(x, y, w, mask, ids):
-    """One result for each branch of ``reference`` that makes a tensor of its own."""
+    """One result for each branch of `reference` that makes a tensor of its own."""
     left, right = {"a": x, "b": y}, {"t": y}
     scale, weights = x.new_tensor(2.0), {"a": 1.0, "b": 3.0}
     yield from reference.pairwise_logsumexp(x, y, scale)

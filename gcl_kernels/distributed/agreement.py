@@ -27,7 +27,7 @@ MESSAGE_BYTES = 1024  # of one rank's part of the agreement
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who holds what, as the ranks of ``group`` have agreed: rank r has rows[r] rows of lhs and cols[r] of rhs."""
+    """Who holds what, as the ranks of `group` have agreed: rank r has rows[r] rows of lhs and cols[r] of rhs."""
 
     group: Any
     transport: str
@@ -156,7 +156,7 @@ def _range(labels: Tensor | None) -> tuple[int, int]:
 
 
 def _exchange(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's ``mine``, read on the host: over the group's CPU backend where it has one ("cpu:gloo,cuda:nccl"), else over
+    """Every rank's `mine`, read on the host: over the group's CPU backend where it has one ("cpu:gloo,cuda:nccl"), else over
     the device, which the host then waits for."""
     text = json.dumps(mine).encode()
     if len(text) > MESSAGE_BYTES:

@@ -82,7 +82,7 @@ def bring_home(x: Tensor, sizes: Sequence[int], group: Any, rank: int, what: str
 
 
 class Shift:
-    """``sent`` on its way to the next rank of the ring while one of ``rows`` rows comes from the one before."""
+    """`sent` on its way to the next rank of the ring while one of `rows` rows comes from the one before."""
 
     def __init__(self, sent: Tensor, rows: int, ranks: Ranks, what: str):
         self.sent = sent.detach().contiguous()  # kept until it is gone
@@ -131,13 +131,13 @@ def total(x: Tensor, group: Any) -> Tensor:
 
 
 def sum_values(x: Tensor, factor: float, group: Any) -> Tensor:
-    """The sum over ranks of x; its gradient, which is alike on all ranks, goes back to each rank's x times ``factor``."""
+    """The sum over ranks of x; its gradient, which is alike on all ranks, goes back to each rank's x times `factor`."""
     value = total(x.detach(), group)
     return value + factor * (x - x.detach())
 
 
 def sum_gradients(x: Tensor, factor: float, group: Any) -> Tensor:
-    """x; its gradient is ``factor`` times the sum over ranks of theirs."""
+    """x; its gradient is `factor` times the sum over ranks of theirs."""
     return _SumGradients.apply(x, factor, group)  # pyright: ignore[reportReturnType]
 
 

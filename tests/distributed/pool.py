@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 class Pool:
-    """``run(world, function, *arguments)``: [function(group, *arguments) of each rank of a group of that size]."""
+    """`run(world, function, *arguments)`: [function(group, *arguments) of each rank of a group of that size]."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory()

@@ -1,8 +1,8 @@
 """The kernels' tests run where the kernels can: on a GPU, or on CPU tensors in Triton's interpreter.
 
-Triton decides for its interpreter when it is first imported, from ``TRITON_INTERPRET``; the compiler's tests need it off. So
-without a GPU the files in ``KERNEL_TESTS`` are run by ``test_interpreter.py``, each in a process of its own with it set.
-By hand: ``TRITON_INTERPRET=1 pytest tests/triton``.
+Triton decides for its interpreter when it is first imported, from `TRITON_INTERPRET`; the compiler's tests need it off. So
+without a GPU the files in `KERNEL_TESTS` are run by `test_interpreter.py`, each in a process of its own with it set.
+By hand: `TRITON_INTERPRET=1 pytest tests/triton`.
 """
 
 import os

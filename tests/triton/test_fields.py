@@ -105,7 +105,7 @@ def test_a_frozen_field_gets_nothing_and_changes_nothing(problem, frozen):
     assert total.requires_grad == any(x.requires_grad for x in fields)
     if not total.requires_grad:
         return
-    # the upstream gradient of ``testing.value_and_gradients``
+    # the upstream gradient of `testing.value_and_gradients`
     upstream = torch.rand(total.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     total.backward(upstream.to(DEVICE))
     for f, (x, g) in enumerate(zip(fields, expected, strict=True)):

@@ -34,8 +34,8 @@ from .operands import Operands, padded
 from .partials import Statistics, empty_parts
 from .run import run, storable
 
-# By how much a stored exponential may exceed 1, in powers of two. 2^80 times a million columns is within float32 and bfloat16,
-# and so is what gains of its inverse leave of an embedding's entries.
+# A stored exponential may be as large as 2^80. A sum over a million columns (2^100) still fits float32 and bfloat16, and so does
+# an embedding's entry multiplied by the inverse, 2^-80.
 HEADROOM = 80.0
 
 

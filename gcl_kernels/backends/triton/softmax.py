@@ -5,9 +5,9 @@
     gradient(b_s, lines, place, FAST) -> b_g                          the backward's, G without its positives
 
 Logits are in base 2, `s2 = s log2(e)`, because exp2 is what the hardware has. Both passes need a tile's softmax by rows and by
-columns, and take both from one exponential a logit. Where that would be inexact (one scalar says so for the whole tile) the tile
-is made a second time, in the form with two exponentials: holding its logits back instead would cost every other tile the
-registers. So an epilogue is asked with FAST first and writes nothing where it returns that it is not exact; the kernel then
+columns, and take both from one exponential a logit. If that would be inexact for a tile, which one scalar says, the kernel makes
+its logits again and uses two. Keeping the logits instead would cost registers in every tile, and this branch is rare. So an
+epilogue is asked with FAST first and writes nothing where it returns that it is not exact; the kernel then
 makes the logits again and asks without FAST.
 
     out     pointers to float32, written at [tile, line]: the (max, sum of exponentials) of the tile's rows and of its columns
