@@ -149,7 +149,15 @@ def gcl_loss(
         t = torch.where(labels >= 0, keep[labels.clamp(min=0)], -1)[has_x]
         ids = (None, None) if lhs_ids is None or rhs_ids is None else (lhs_ids[has_x], rhs_ids[has_y])
         l_pair = one_pair_loss(
-            x[has_x], y[has_y], logit_scale, weights[has_x].to(x), t, ids, a, label_smoothing, z_loss
+            x[has_x],
+            y[has_y],
+            logit_scale,
+            weights[has_x].to(x),
+            t,
+            ids,
+            a=a,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
         loss = loss.to(l_pair) + beta * torch.zeros_like(loss).to(l_pair).index_put((has_x.nonzero()[:, 0],), l_pair)
 
@@ -163,7 +171,7 @@ def gcl_loss(
     return loss.sum() / torch.where(total > 0, total, 1.0)
 
 
-def one_pair_loss(x, y, logit_scale, weights, labels, ids, a, label_smoothing, z_loss) -> Tensor:
+def one_pair_loss(x, y, logit_scale, weights, labels, ids, *, a, label_smoothing, z_loss) -> Tensor:
     """(N,) losses of one (N, D) side against one (M, D) side."""
     row, col, positive = pairwise_logsumexp(x, y, logit_scale, labels=labels, lhs_ids=ids[0], rhs_ids=ids[1])
     s = logit_scale * (x @ y.T)
