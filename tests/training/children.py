@@ -1,5 +1,6 @@
 """Processes that the tests start. They are forked from one that has imported open_clip, so each starts at once."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -18,10 +19,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def rank(argv):
-    """The training command as one of several processes, then a look at what outlives it; returns the status."""
+def rank(argv, log):
+    """The training command as one of several processes, then a look at what outlives it; returns the status.
+
+    What it prints is in `log`/rank0.txt and so on: standard output is that of whatever test was first to start a child.
+    """
     torch.set_num_threads(1)
-    status = main(argv)
+    with open(log / f"rank{os.environ['RANK']}.txt", "w") as out, contextlib.redirect_stdout(out):
+        status = main(argv)
     expect_no_gloo_threads()
     return status
 

@@ -24,13 +24,16 @@ def options(tmp_path):
             "--steps=3", "--lr=1e-3", "--save-frequency=0", f"--logs-dir={tmp_path}", "--cross-field-loss"]  # fmt: skip
 
 
-def test_two_processes_of_torchrun_train_what_one_does(options, tmp_path, capfd):
+def test_two_processes_of_torchrun_train_what_one_does(options, tmp_path):
     """By what torchrun is a command for, with a function as its program: that saves three imports of torch."""
     argv = [*options, f"--val-data={tmp_path / 'pairs.csv'}", "--name=two", "--batch-size=5"]
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver")
-    assert elastic_launch(config, children.rank)(argv) == {0: 0, 1: 0}
-    out = capfd.readouterr().out
-    assert out.count("16 pairs, 5 queries, 16 documents") == 2, "the first process prints, once a file"
+    config = LaunchConfig(
+        1, 1, 2, run_id="two", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver"
+    )
+    assert elastic_launch(config, children.rank)(argv, tmp_path) == {0: 0, 1: 0}
+    printed = [(tmp_path / f"rank{i}.txt").read_text() for i in range(2)]
+    assert printed[0].count("16 pairs, 5 queries, 16 documents") == 2, "once a file"
+    assert printed[1] == "", "only the first process prints"
     one = train(parse_args([*options, "--name=one", "--batch-size=10"]))
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["loss"] == pytest.approx(one.losses, rel=1e-4)
