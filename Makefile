@@ -14,7 +14,7 @@ demo: $(READY)  ## train and rank on a data set made here, with and without GCL 
 	$(PY) -m gcl_kernels.training.demo
 
 test: lint package  ## lint, type check, packages and the tests: one process and one thread a core
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -p no:benchmark
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 lint: $(READY)
 	$(PY) -m ruff check .

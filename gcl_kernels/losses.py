@@ -114,7 +114,7 @@ def gcl_loss(
         RuntimeError: for forward-mode derivatives and `torch.func.grad`, which `gcl_kernels.reference` has.
     """
     group = resolve_group(process_group)
-    distributed.check_group(group, transport)
+    check_choice("transport", transport, TRANSPORTS)
     with distributed.shared_failure(group):
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
         refuse_forward_mode("gcl_loss", logit_scale, weights, *_tensors(lhs), *_tensors(rhs))

@@ -12,7 +12,8 @@ from .backends import Lines, Want
 from .derivatives import refuse_forward_mode
 from .groups import ProcessGroupLike, local_tensor, resolve_group
 from .pairs import Pairs
-from .types import Backend, Transport
+from .types import TRANSPORTS, Backend, Transport
+from .validation import check_choice
 
 
 class PairwiseLSE(NamedTuple):
@@ -73,7 +74,7 @@ def pairwise_logsumexp(
             `torch.func.grad`, which `gcl_kernels.reference` has.
     """
     group = resolve_group(process_group)
-    distributed.check_group(group, transport)
+    check_choice("transport", transport, TRANSPORTS)
     with distributed.shared_failure(group):
         refuse_forward_mode("pairwise_logsumexp", lhs, rhs, logit_scale)
         lhs, rhs = local_tensor("lhs", lhs, group), local_tensor("rhs", rhs, group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -76,11 +76,8 @@ class Pairs:
         return self.lhs, self.rhs, self.logit_scale
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The fields that are there, by name: what a flat operator takes."""
+        """The fields that are there, by name."""
         return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
-
-    def detach(self) -> Pairs:
-        return replace(self, **{name: x.detach() for name, x in self.tensors()})
 
 
 def autocast_like_matmul(lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:

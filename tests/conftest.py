@@ -28,3 +28,22 @@ def expect_no_gloo_threads():
     """A group that something still refers to keeps its threads, and may abort the process at its end."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in names if "gloo" in name]
+
+
+# The files that take longest. With `--no-loadscope-reorder` workers take them first, so that at the end none waits for one.
+LONGEST_FILES = (
+    "tests/triton/test_interpreter.py",
+    "tests/triton/test_aot.py",
+    "tests/bench/test_gpu_session.py",
+    "tests/training/test_checkpoint.py",
+    "tests/training/test_experiments.py",
+    "tests/training/test_train.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.nodeid.partition("::")[0]
+        return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
+
+    items.sort(key=place)  # stable: the rest keeps its order

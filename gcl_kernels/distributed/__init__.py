@@ -10,16 +10,14 @@ Besides rhs (and, in the backward, its gradient in float32) what travels is O(M)
 `agreement` is the first exchange of every call, `exchange` moves bytes, `primitive` is the loss's statistics over ranks.
 """
 
-from .agreement import TRANSPORTS, Ranks, agree, check_group, first_column, shared_failure
+from .agreement import Ranks, agree, first_column, shared_failure
 from .exchange import all_rows, sum_gradients, sum_values, total
 from .primitive import statistics
 
 __all__ = [
-    "TRANSPORTS",
     "Ranks",
     "agree",
     "all_rows",
-    "check_group",
     "first_column",
     "shared_failure",
     "statistics",

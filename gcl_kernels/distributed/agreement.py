@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..pairs import Pairs
-from ..validation import check_choice, may_read
+from ..validation import may_read
 from .exchange import all_gather_single, all_rows, outside_compiled_graphs, total, waiting
 
-TRANSPORTS = ("all_gather", "ring")
 MESSAGE_BYTES = 1024  # of one rank's part of the agreement
 
 
@@ -63,15 +62,6 @@ class Ranks:
     def total(self, x: Tensor) -> Tensor:
         """The sum of x, alike in shape, over ranks; differentiable, every rank's use of it counted."""
         return total(x, self.group)
-
-
-def check_group(process_group: Any, transport: str) -> None:
-    check_choice("transport", transport, TRANSPORTS)
-    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-        raise TypeError(
-            "process_group: expected None or a torch.distributed.ProcessGroup that this process is a member of, got "
-            f"{type(process_group).__name__} {process_group!r}"
-        )
 
 
 @contextlib.contextmanager

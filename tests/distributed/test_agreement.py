@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from gcl_kernels import GCLLoss, gcl_loss, pairwise_logsumexp
-from gcl_kernels.distributed import TRANSPORTS
+from gcl_kernels.types import TRANSPORTS
 from tests.distributed.pool import error_of
 
 x, ids = torch.ones(4, 3), torch.zeros(4, dtype=torch.int64)

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from gcl_kernels import gcl_loss
 from gcl_kernels.backends import torch as backend
-from gcl_kernels.distributed import TRANSPORTS, agreement, exchange
+from gcl_kernels.distributed import agreement, exchange
+from gcl_kernels.types import TRANSPORTS
 from tests.counting import LargestTensor
 
 

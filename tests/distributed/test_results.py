@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import reference
 from gcl_kernels import gcl_loss, pairwise_logsumexp, testing
-from gcl_kernels.distributed import TRANSPORTS, first_column
+from gcl_kernels.distributed import first_column
+from gcl_kernels.types import TRANSPORTS
 from tests.distributed import cases
 from tests.distributed.pool import WORLDS
 from tests.oracle import DTYPES, NAMES, assert_accurate, run
