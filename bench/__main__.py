@@ -90,9 +90,18 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
     if options.curves:
         return cases.curves(options.device)
     found = cases.product(
-        [options.device], options.dtype, options.n, options.m, options.d, options.directions, options.passes,
-        options.logit_scale, options.draw, options.fields, [options.ids],
-    )  # fmt: skip
+        devices=[options.device],
+        dtypes=options.dtype,
+        ns=options.n,
+        ms=options.m,
+        ds=options.d,
+        directions=options.directions,
+        passes=options.passes,
+        scales=options.logit_scale,
+        draws=options.draw,
+        fields=options.fields,
+        ids=[options.ids],
+    )
     return [(case, options.peers) for case in found]
 
 

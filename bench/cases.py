@@ -102,6 +102,7 @@ def build(case: Case, seed: int = 0) -> Inputs:
 
 
 def product(
+    *,
     devices: Sequence[str],
     dtypes: Sequence[str],
     ns: Sequence[int],

@@ -6,6 +6,7 @@ and the figures of the project's README. Nothing in them is typed by hand.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -118,6 +119,12 @@ def about(result: dict[str, Any]) -> str:
     return f"Measured on {result['date']}: {where(result)}. {versions}."
 
 
+def measured() -> dict[str, dict[str, Any]]:
+    """{file: what `python -m bench` wrote there}."""
+    results = {path.name: read(path) for path in sorted(RESULTS.glob("*.json"))}
+    return {name: result for name, result in results.items() if result.get("cells")}
+
+
 def grouped(cells: Iterable[Cell]) -> dict[Case, list[Cell]]:
     groups: dict[Case, list[Cell]] = {}
     for cell in cells:
@@ -199,19 +206,19 @@ def readme_table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "*Work* is the number of floating-point operations in units of N²D: 6 if all exponentials fit the workspace, 8 if none "
-        "do. *Of the GEMM rate* always divides by 8 N²D, so it can exceed 100% where fewer were needed. A step of over 20 "
-        "seconds was measured once and has no rate."
-        + (f" At N = {', '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
+        "*Work* is the number of floating-point operations in units of N²D: 6 if the workspace holds all exponentials from one "
+        "pass to the next, 8 if it holds none. *Of the GEMM rate* always counts 8 N²D, so it can exceed 100% where fewer were "
+        "needed. A step of over 20 seconds was measured once and has no rate."
+        + (f" At N = {' and '.join(map(str, slower))} `open_clip.ClipLoss` is faster." if slower else ""),
     ]
     return "\n".join(lines)
 
 
-def write_readme(result: dict[str, Any]) -> None:
-    before, begin, rest = README.read_text().partition(BEGIN)
+def with_figures(readme: str, result: dict[str, Any]) -> str:
+    """The project's README with the table of this result."""
+    before, begin, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    if begin:
-        README.write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}")
+    return f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}" if begin else readme
 
 
 # Figures.
@@ -372,15 +379,13 @@ def variants(cells, axis) -> bool:
 
 
 def main() -> None:
-    results = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        result = read(path)
-        if result.get("cells"):
-            results[path.name] = result
-            draw(result, path.with_suffix(".png"))
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = measured()
+    for name, result in results.items():
+        draw(result, (RESULTS / name).with_suffix(".png"))
     BENCH_README.write_text(bench_readme(results))
     if CURVES in results:
-        write_readme(results[CURVES])
+        README.write_text(with_figures(README.read_text(), results[CURVES]))
     print(f"tables: {BENCH_README}, figures: {RESULTS}/*.png")
 
 

@@ -45,7 +45,7 @@ def amount(value: float) -> str:
 
 def duration(seconds: float) -> str:
     if seconds >= 1:
-        return f"{seconds:.2f} s"
+        return f"{seconds:,.0f} s" if seconds >= 1000 else f"{seconds:.3g} s"
     return f"{1e3 * seconds:.3g} ms"
 
 

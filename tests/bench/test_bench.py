@@ -171,18 +171,26 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert "| 512 | 51.20 s | 51.20 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
+    assert "| 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
     one = tmp_path / "one.png"
     report.draw(result | {"cells": cells[:1]}, one)
     assert not one.exists()  # one case has no curve; its table is all there is
     text = report.bench_readme({"run.json": result})
     assert "## run" in text
     assert "N = 256, D = 64" in text
-    assert "| gcl_kernels | 51.20 s | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| gcl_kernels | 51.2 s | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
     # A step that was measured once has neither a spread nor a rate.
-    assert "| gcl_kernels | 200.00 s |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
-    assert "| 1,024 | 200.00 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
+    assert "| gcl_kernels | 200 s |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
     assert report.read(tmp_path / "absent.json") == {"cells": []}
+
+
+def test_the_pages_are_what_the_report_writes():
+    results = report.measured()
+    assert report.BENCH_README.read_text() == report.bench_readme(results)
+    readme = report.README.read_text()
+    assert report.BEGIN in readme
+    assert readme == report.with_figures(readme, results[report.CURVES])
 
 
 @pytest.mark.parametrize(
