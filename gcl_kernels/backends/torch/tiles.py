@@ -68,6 +68,7 @@ class Plane:
         for rows in slices(self.pairs.n, self.tile[0]):
             for cols in slices(self.pairs.m, self.tile[1]):
                 yield rows, cols
+            self.chunk = None  # what is allocated before it is needed again takes its place
 
     # ---- memory
 
