@@ -1,10 +1,7 @@
-"""A model of what a batch will need, before it is run: memory and time of our loss and of dense logits.
+"""Predicts what a batch will need, before it is run: `python -m gcl_kernels.plan`.
 
-    python -m gcl_kernels.plan --batch 262144 --dim 768 --dtype bf16 --device h200 --world-size 8
-
-Two-direction loss, forward and backward, default labels, no ids. Memory follows what each step keeps alive; on a CPU it is tested
-against measurements. Time is the sum over phases of the slowest of matrix products, exponentials, memory traffic and host work
-(all of them overlapped), and beside it the sum of all four (nothing overlapped). Rates are the `chips` table's.
+`model` says what a prediction is made of, `gpu`, `cpu` and `dense` make one, `trace` runs the Triton backend's launch code on
+tensors without memory, `report` is the command.
 """
 
 from .cpu import on_cpu, stored_tiles, tile_count
