@@ -131,6 +131,15 @@ def test_one_direction_pays_for_one(directions, options, units, flops):
     assert flops["total"] == units * n * m * d
 
 
+@pytest.mark.parametrize("directions", ["lhs_to_rhs", "rhs_to_lhs", "both"])
+def test_no_logit_is_made_twice_where_the_workspace_holds_them(directions, flops):
+    n, m, d = 96, 160, 32
+    lhs, rhs = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
+    with backends.settings(tile=(32, 64)):
+        gcl_loss(lhs, rhs, 0.1, directions=directions).backward()
+    assert flops["total"] == 6 * n * m * d
+
+
 @pytest.mark.parametrize(("stored", "units"), [(1, 6 + 2 * 15 / 16), (4, 7.5), (16, 6)])
 def test_a_stored_tile_is_not_made_again(stored, units, monkeypatch):
     n, d = 64, 4

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 import reference
 from gcl_kernels import backends, gcl_loss, ops, pairwise_logsumexp, testing
+from gcl_kernels.backends import Lines, Need, Want
+from gcl_kernels.backends import torch as torch_backend
 from gcl_kernels.backends.torch import softmax
+from gcl_kernels.pairs import Pairs
 from tests.oracle import DTYPES, NAMES, assert_accurate, bias_of_logits, run
 
 tiles = st.tuples(st.sampled_from((1, 7, 16, 64, 200)), st.sampled_from((1, 5, 16, 64, 200)))
@@ -269,3 +272,16 @@ def test_compiles_to_one_graph(directions):
     actual = torch.autograd.grad(compiled(x, y, scale), [scale, *encoder.parameters()])
     torch.testing.assert_close(actual, expected)
     torch.compiler.reset()
+
+
+def test_float16_keeps_the_probabilities_of_many_columns():
+    """Of 262,144 equal logits each has probability 4e-6, a subnormal of float16 with six bits left unless G is lifted."""
+    n, m = 2, 2**18
+    lhs, rhs = torch.randn(n, 4).half(), (0.01 * torch.randn(m, 4)).half()
+    pairs = Pairs.of(lhs, rhs, torch.tensor(1.0))
+    with backends.settings(host_reads=False):  # G is then stored in the operands' dtype, as on a GPU
+        statistics = torch_backend.forward(pairs, Want(True, False))
+        upstream = Lines(torch.full((n,), 1e-3, dtype=torch.float64), None, None)
+        actual = torch_backend.backward(pairs, statistics, upstream, Need(False, True, False), dtype=torch.float32).rhs
+    p = (lhs.double() @ rhs.double().T).softmax(dim=1)
+    assert testing.relative_error(actual, 1e-3 * p.T @ lhs.double()) < 3e-4

@@ -105,6 +105,13 @@ def test_one_direction_in_one_pass_holds_whole_lines():
     assert plan.ours(both, H200).extra_memory < budget + 2 * accumulators
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_memory_at_a_million_rows_is_the_budget_and_what_is_linear(directions):
+    n, d = 2**20, 64
+    extra = plan.ours(Sizes(n, n, d, "bf16", directions=directions), H200).extra_memory
+    assert extra < 1.1 * backends.workspace_bytes() + 2 * n * (5 * d + 200)  # accumulators in float32, vectors
+
+
 def test_a_gpu_is_planned_without_triton():
     code = "import sys; sys.modules['triton'] = None; from gcl_kernels import plan; plan.main()"
     options = ["--batch", "65536", "--dim", "768", "--device", "h200"]
