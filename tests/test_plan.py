@@ -18,6 +18,7 @@ from gcl_kernels.backends.triton import launch, run
 from gcl_kernels.chips import CHIPS, DTYPES, Reach
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan import Sizes, gpu
+from gcl_kernels.plan.trace import WithoutMemory
 from tests.counting import Operators, Products
 
 H200 = CHIPS["h200"]
@@ -60,6 +61,7 @@ def test_phases_are_those_of_the_launch_code(n, m, d, dtype):
     with (
         backends.settings(config=plan.launch_config(p, H200)),
         run.replaced_by(note),
+        WithoutMemory(),
         Products() as products,
         Operators() as made,
     ):

@@ -20,6 +20,7 @@ from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.triton import field_kernels, fields, kernels, run, softmax
 from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
+from gcl_kernels.plan.trace import WithoutMemory
 
 TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.bool: "i1"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -69,7 +70,7 @@ def launched(case: Case) -> dict[str, Any]:
         if kernel == case.kernel:
             found.append(arguments)
 
-    with settings(config=case.config), run.replaced_by(note):
+    with settings(config=case.config), run.replaced_by(note), WithoutMemory():
         if case.of_fields:
             launch_fields(case)
         else:

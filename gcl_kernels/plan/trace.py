@@ -16,7 +16,15 @@ from ..pairs import Pairs
 from .model import Sizes
 
 
-class Storages(TorchDispatchMode):
+class WithoutMemory(TorchDispatchMode):
+    """Lets the launch code run on tensors without memory, for which torch 2.9 lacks one product."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
+
+
+class Storages(WithoutMemory):
     """Bytes of the storages that are alive, those of `inputs` excepted, and their peak."""
 
     def __init__(self, *inputs: torch.Tensor):
@@ -25,10 +33,7 @@ class Storages(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.addmm.dtype_out:
-            return kwargs["out"]  # nothing new is stored; torch 2.9 cannot do it without memory
-        out = func(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
