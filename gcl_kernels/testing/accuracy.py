@@ -9,7 +9,7 @@ the next. Where few do (a handful of logits, one near tie in a peaked softmax, t
 much: an evaluation can be exact by luck. So the rule does not rest on one evaluation. `dense_forms` makes many that are
 equal in exact arithmetic: the features in another order, a factor moved from one side into the scale. Their mean error and
 its spread say how large an error of that kind can be. What they cannot show is the rounding of a logit in another base or
-order of factors. `luck` bounds it: each float32 rounding of a logit s is up to eps |s|, and a rounding of a logit is a
+order of factors. `floor` bounds it: each float32 rounding of a logit s is up to eps |s|, and a rounding of a logit is a
 relative error of its exponential.
 """
 
@@ -74,14 +74,19 @@ def equivalent(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, seed: int) -> tupl
     return left * lhs[:, order], right * rhs[:, order], logit_scale / (left * right)
 
 
-def luck(lhs: Tensor, rhs: Tensor, logit_scale: Tensor) -> float:
-    """How much more than its kind an evaluation may err by bad luck: four float32 roundings of the largest logit (the product,
-    the scale, the base, the difference to a reference) where one line decides the result; 1 / sqrt(L) of that where L lines
-    do, since what is luck in each of them averages out.
+def floor(lhs: Tensor, rhs: Tensor, logit_scale: Tensor) -> float:
+    """What the rule adds to the limit: FLOOR (FLOOR_FLOAT64 for float64 inputs), and by how much an evaluation may exceed the
+    errors of its kind by bad luck.
+
+    That is four roundings of the largest logit (the product, the scale, the base, the difference to a reference) where one
+    line decides the result, and 1 / sqrt(L) of that where L lines do, since what is luck in each of them averages out.
+    Tiles are float32 for half precision too.
     """
+    exact = lhs.dtype == torch.float64
     with torch.no_grad():
         largest_logit = float((logit_scale * lhs.double() @ rhs.double().T).abs().max())
-    return 4 * torch.finfo(torch.float32).eps * largest_logit / min(len(lhs), len(rhs)) ** 0.5
+    eps = torch.finfo(torch.float64 if exact else torch.float32).eps
+    return (FLOOR_FLOAT64 if exact else FLOOR) + 4 * eps * largest_logit / min(len(lhs), len(rhs)) ** 0.5
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
@@ -109,7 +114,8 @@ def assert_as_accurate(
             (`dense_forms`). An iterator is read as far as it is needed.
         oracle: the same by plain PyTorch in float64 (`in_float64`).
         names: of the results, for messages.
-        floor: what is added to the limit; 1e-12 for float64. `FLOOR + luck(...)` where logits are large or lines are few.
+        floor: what is added to the limit; 1e-12 for float64. The function `floor` gives more where logits are large or lines
+            are few.
 
     Raises:
         AssertionError: an error is over its limit. It names the result, the error and the limit.
