@@ -1,0 +1,123 @@
+"""Launches as they are made on a GPU, up to the driver, which here launches nothing.
+
+Ahead-of-time compilation is told types and alignments; here Triton's JIT finds them itself, in the arguments of the launch code.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from gcl_kernels import backends
+from gcl_kernels.backends import Lines, Mean, Need, Want
+from gcl_kernels.backends import triton as backend
+from gcl_kernels.backends.triton import field_kernels, kernels
+from gcl_kernels.backends.triton.config import FAMILIES
+from gcl_kernels.pairs import Pairs
+
+
+class Utilities:
+    """Of a driver: what loading a kernel and making a descriptor need."""
+
+    def load_binary(self, *_):
+        return 1, 1, 128, 0, 1024  # module, function, registers, spills, threads a block
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
+
+    def unload_module(self, *_):
+        pass
+
+
+class Launcher:
+    launches = 0
+
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *arguments):
+        Launcher.launches += 1
+
+
+class Driver:
+    utils, launcher_cls = Utilities(), Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _=0):
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    for kernel in (kernels.forward_tile, kernels.backward_tile, kernels.merge_partials):
+        kernel.device_caches.clear()
+
+
+def variants(*names):
+    """How many times each kernel was compiled."""
+    found = {**vars(kernels), **vars(field_kernels)}
+    return [len(found[name].device_caches[0][0]) for name in names]
+
+
+def step(n, m, d=768, dtype=torch.bfloat16, labels=None, channels=None, want=(True, True), stored=False):
+    labels, left, right = (
+        torch.zeros(length, k, dtype=torch.int64) if k else None
+        for length, k in ((n, labels), (n, channels), (m, channels))
+    )
+    pairs = Pairs(
+        torch.zeros(n, d, dtype=dtype), torch.zeros(m, d, dtype=dtype), torch.tensor(1.0), labels, left, right
+    )
+    row, col, positive = (torch.ones(k, dtype=torch.float64) for k in (n, m, (n, pairs.positives)))
+    upstream = Lines(row if want[0] else None, col if want[1] else None, positive)
+    with backends.settings(config=FAMILIES["sm_90"].config(dtype, d, "ieee")):
+        if stored:
+            backend.forward_with_gradient(pairs, upstream, Need(True, True, True))
+        else:
+            backend.backward(pairs, backend.forward(pairs, Want(*want)), upstream, Need(True, True, True))
+
+
+def test_a_ragged_batch_compiles_nothing_new():
+    for n in (300, 301, 517, 1024, 4097):
+        step(n, n + 7)
+    assert variants("forward_tile", "backward_tile", "merge_partials") == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": 1},
+        {"labels": 3, "channels": 2},
+        {"channels": 1},
+        {"want": (True, False)},
+        {"want": (False, True)},
+        {"want": (True, False), "stored": True},
+        {"want": (False, True), "stored": True},
+        {"d": 256, "dtype": torch.float32},
+        {"d": 760, "dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_every_option_passes_the_jit(options):
+    before = Launcher.launches
+    step(300, 400, **options)
+    assert Launcher.launches > before
+    assert variants("forward_tile", "merge_partials") == [1, 1]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fields_pass_the_jit(masked):
+    for n in (5, 300):
+        fields, mask = [torch.zeros(n, 768) for _ in range(2)], torch.ones(n, 2, dtype=torch.bool) if masked else None
+        mean = Mean([0.5, 0.5], True, True)
+        out, norms = backend.aggregate_fields(fields, mask, mean)
+        backend.aggregate_fields_backward(fields, mask, mean, norms, out, [True, False])
+    assert variants("aggregate_forward", "aggregate_backward") == [1 + masked, 1 + masked]
