@@ -32,7 +32,7 @@ from .types import (
     WeightNormalization,
     signature_of,
 )
-from .validation import DTYPES, check_choice, check_fraction, check_pair, check_tensor, check_weights
+from .validation import DTYPES, check_choice, check_fraction, check_tensor, check_weights
 
 if TYPE_CHECKING:  # some builds of torch have no distributed
     from torch.distributed import ProcessGroup
@@ -126,15 +126,15 @@ def gcl_loss(
         rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        check_pair(left[0][1], right[0][1])
-        check_weights(weights, labels, len(left[0][1]), left[0][1].device)
         inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "distributed": group is not None}
+        first = Pairs.of(left[0][1], right[0][1], logit_scale, **inputs)
+        check_weights(weights, labels, first.n, first.lhs.device)
+        # fields of a side are alike, which was checked with them
         of_fields = [
-            (u * v, Pairs.of(x, y, logit_scale, **inputs), (has_x, has_y))
-            for u, x, has_x in left
-            for v, y, has_y in right
+            (u * v, first if i == j == 0 else first.between(x, y), (has_x, has_y))
+            for i, (u, x, has_x) in enumerate(left)
+            for j, (v, y, has_y) in enumerate(right)
         ]
-        first = of_fields[0][1]
         if group is not None:
             backends.choose(backend, first.lhs.device, first.lhs.dtype)  # raises if there is no such backend
     ranks = None

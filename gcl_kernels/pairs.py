@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class Pairs:
             None if lhs_ids is None else lhs_ids.reshape(len(lhs), -1),
             None if rhs_ids is None else rhs_ids.reshape(len(rhs), -1),
         )
+
+    def between(self, lhs: Tensor, rhs: Tensor) -> Pairs:
+        """The same rows and columns by other embeddings, of the same shapes, dtype and device."""
+        lhs, rhs = autocast_like_matmul(lhs, rhs)
+        return replace(self, lhs=lhs, rhs=rhs)
 
     @property
     def n(self) -> int:

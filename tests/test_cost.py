@@ -5,9 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
 
-from gcl_kernels import backends, gcl_loss, pairs, pairwise_logsumexp, testing
+from gcl_kernels import backends, gcl_loss, pairs, pairwise_logsumexp
 from gcl_kernels.backends import Lines, Need, Want
 from gcl_kernels.backends import torch as backend
 from gcl_kernels.backends.torch.tiles import tile_numel, tiles_to_store
@@ -170,12 +169,15 @@ def test_one_direction_never_holds_n_by_m():
         assert largest.numel == tile_numel(*shape)
 
 
-@given(problem=testing.problems(sizes=(15, 33, 65)))
-def test_inputs_are_checked_once(problem):
+@pytest.mark.parametrize("mode", [None, "aggregate", "pairwise"])
+def test_inputs_are_checked_once(mode):
     """What is checked is carried as `Pairs`; nothing behind it looks again."""
-    batch = problem.build(torch.float32)
+    lhs, rhs = torch.randn(7, 4), torch.randn(9, 4)
+    sides = (lhs, rhs) if mode is None else ({"a": lhs, "b": -lhs}, {"c": rhs, "d": -rhs})
+    options = {} if mode is None else {"field_mode": mode}
+    ids = {"lhs_ids": torch.arange(7), "rhs_ids": torch.arange(9)}
     with contextlib.ExitStack() as stack:
-        names = "check_labels", "check_ids", "check_scale"
+        names = "check_pair", "check_labels", "check_ids", "check_scale"
         checks = [stack.enter_context(mock.patch.object(pairs, name, wraps=getattr(pairs, name))) for name in names]
-        gcl_loss(*batch.differentiable, **batch.options, label_smoothing=0.1)
-    assert [check.call_count for check in checks] == [1, 1, 1]
+        gcl_loss(*sides, 2.0, labels=torch.arange(7), label_smoothing=0.1, **ids, **options)
+    assert [check.call_count for check in checks] == [1, 1, 1, 1]
