@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.train import train
 from tests.training import children
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -47,6 +53,16 @@ def test_two_processes_of_torchrun_train_what_one_does(options, tmp_path):
     for name, weight in expected["state_dict"].items():
         # Adam turns rounding of a gradient near 0 into a step; three steps of 1e-3 at most.
         assert (weight - got["state_dict"][name]).abs().double().mean() < 1e-5, name
+
+
+def test_the_torchrun_command_starts_the_training_command(options, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+               "gcl_kernels.training", *options, "--steps=1", "--name=command", "--batch-size=5"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("16 pairs, 5 queries, 16 documents") == 1, "the first process prints"
+    assert (tmp_path / "command" / "results.json").exists()
 
 
 @pytest.mark.parametrize("micro", [["--batch-size=8", "--mini-batch-size=3"], ["--batch-size=2", "--accum-freq=4"]])
