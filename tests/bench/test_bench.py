@@ -8,7 +8,8 @@ import torch
 
 import reference
 from bench import __main__ as command
-from bench import cases, measure, oracle, peers, report
+from bench import cases, measure, memory, oracle, peers, report
+from gcl_kernels.chips import this_cpu
 from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
 
@@ -233,3 +234,10 @@ def test_memory_that_cannot_be_read_is_no_crash(monkeypatch, capsys):
 def test_memory_in_a_fresh_process_sees_the_kept_exponentials():
     case = cases.Case("cpu", "fp32", 2048, 2048, 64, logit_scale=14.0)
     assert 16 < measure.cpu_extra_mib(case, "ours") < 40  # 16 MiB of exponentials and two tiles
+
+
+def test_memory_of_a_step_is_that_of_the_plan(monkeypatch):
+    """In a shape whose chunk of lhs is four tiles: what is held too long shows."""
+    monkeypatch.delenv("GCL_KERNELS_WORKSPACE_MIB", raising=False)
+    case = memory.Case("ours", 1024, 4096)
+    assert memory.measured(case) == pytest.approx(memory.predicted(case, this_cpu()), rel=0.15)
