@@ -38,13 +38,13 @@ def test_the_reference_works_under_the_name_it_is_installed_as(monkeypatch):
 
 
 def lower_bounds(requirements):
-    """{package: version} of every ``package>=version``."""
+    """{package: version} of every `package>=version`."""
     matches = (re.match(r"([\w-]+)>=([\w.]+)", requirement) for requirement in requirements)
     return {match[1]: match[2] for match in matches if match}
 
 
 def test_the_lowest_versions_are_those_that_are_tested():
-    """``make lowest`` installs what pyproject.toml promises to work with, no later release of it."""
+    """`make lowest` installs what pyproject.toml promises to work with, no later release of it."""
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements-lowest.txt").read_text(), re.MULTILINE))
     extras = [requirement for extra in PROJECT["optional-dependencies"].values() for requirement in extra]
     bounds = lower_bounds(PROJECT["dependencies"] + extras)
