@@ -10,6 +10,8 @@ from gcl_kernels import backends, gcl_loss, pairs, pairwise_logsumexp
 from gcl_kernels.backends import Lines, Need, Want
 from gcl_kernels.backends import torch as backend
 from gcl_kernels.backends.torch.tiles import tile_numel, tiles_to_store
+from gcl_kernels.backends.triton import launch
+from gcl_kernels.backends.triton import run as launcher
 from gcl_kernels.pairs import Pairs
 from tests.counting import LargestTensor, Products
 
@@ -78,6 +80,20 @@ def test_nothing_is_computed_for_a_frozen_side(need, want, units):
     with Products() as products:
         both_passes(inputs, Need(*need), Want(*want))
     assert products.flops == units * n * m * d
+
+
+@pytest.mark.parametrize(
+    ("need", "products_of_g"),
+    [((True, True, True), 2), ((True, False, True), 1), ((False, True, True), 1), ((False, False, True), 1)],
+)
+def test_triton_computes_nothing_for_a_frozen_side(need, products_of_g):
+    """The library products of its backward, on tensors without memory."""
+    n, m, d = 64, 96, 32
+    meta = Pairs(torch.empty(n, d, device="meta"), torch.empty(m, d, device="meta"), torch.empty((), device="meta"))
+    statistics = Lines(*(torch.empty(k, device="meta", dtype=torch.float64) for k in (n, m, (n, 1))))
+    with launcher.replaced_by(lambda kernel, programs, **arguments: None), Products() as products:
+        launch.backward(meta, statistics, Lines(*map(torch.empty_like, statistics)), Need(*need))
+    assert products.flops == 2 * products_of_g * n * m * d
 
 
 def test_no_gradient_work_under_no_grad(monkeypatch):

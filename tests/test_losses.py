@@ -132,6 +132,27 @@ def test_a_row_without_a_label_adds_nothing_whatever_it_holds(p):
     assert torch.equal(loss, clean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs"])
+def test_weights_of_zero_give_gradients_of_zero(dtype, directions):
+    """On a device, where half precision divides G by the largest upstream gradient."""
+    inputs = [torch.randn(n, 4).to(dtype).requires_grad_() for n in (5, 7)]
+    batch = testing.Batch(*inputs, torch.tensor(2.0).requires_grad_(), {"weights": torch.zeros(5)})
+    with backends.settings(host_reads=False):
+        assert not any(v.any() for v in run(gcl_loss, batch, directions=directions))
+
+
+def test_a_column_far_below_all_rows():
+    """Tiles without it are stored between the passes, and are of no use: one exponential cannot serve it and them."""
+    x, y = torch.randn(32, 2), torch.randn(40, 2)
+    x[:, 0], y[:, 0] = 1.0, 0.0
+    y[39, 0] = -110.0
+    batch = testing.Batch(x.requires_grad_(), y.requires_grad_(), torch.tensor(1.0).requires_grad_(), {})
+    with backends.settings(tile=(16, 16)):
+        actual = run(gcl_loss, batch)
+    assert_accurate(actual, batch, reference.gcl_loss, names=LOSS_NAMES)
+
+
 def test_several_positives_are_a_soft_target():
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     target = torch.zeros(6, 9, dtype=torch.float64)

@@ -32,15 +32,22 @@ def spread_problem(kind: str) -> testing.Batch:
         lhs[:, 0], rhs[40, 0] = 1.0, -300.0
     if kind == "all scattered":
         lhs *= torch.linspace(0, 30, 70)[:, None]
+    if kind in FAR_GROUPS:  # 300 powers of two above the others among themselves
+        group = FAR_GROUPS[kind]
+        lhs, rhs = 0.1 * lhs, 0.1 * rhs
+        lhs[:, 0], rhs[:, 0] = 0.0, 0.0
+        lhs[:group, 0], rhs[:group, 0] = 14.4, 14.4
     options = {"labels": torch.randint(-1, 90, (70,), generator=g).to(DEVICE)}
     scale = torch.tensor(1.0, device=DEVICE)
     return testing.Batch(*(x.to(DEVICE).requires_grad_() for x in (lhs, rhs, scale)), options)
 
 
+# Rows and columns of a group: whole tiles far above, or far below, the mean of all lines, between which nothing is far.
+FAR_GROUPS = {"a small group far above": 32, "a large group far above": 64}
 KINDS = ("near", "one row far above", "one row far below", "one column far below", "all scattered")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FAR_GROUPS])
 @pytest.mark.parametrize("config", ONE[:2], ids=["descriptors", "pointers"])
 def test_both_exponential_forms_agree(kind, config):
     batch = spread_problem(kind)
