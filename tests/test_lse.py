@@ -57,13 +57,23 @@ def test_a_column_that_only_a_row_far_below_sees():
     torch.testing.assert_close(col[20], y[20, 0])
 
 
-@given(problem=testing.problems(), tile=tiles, reads=st.booleans())
-def test_float64_to_the_last_digits(problem, tile, reads):
+@given(problem=testing.problems(), tile=tiles)
+def test_float64_to_the_last_digits(problem, tile):
     batch = problem.build(torch.float64)
-    with backends.settings(tile=tile, host_reads=reads):
+    with backends.settings(tile=tile):
         actual = run(pairwise_logsumexp, batch)
     assert all(v.dtype == torch.float64 for v in actual)
     assert_accurate(actual, batch)
+
+
+@given(problem=testing.problems(), tile=st.one_of(st.none(), tiles))
+def test_float64_on_a_device_whose_numbers_are_not_read(problem, tile):
+    """Where a column has several positives, they are added up in units of 2^-40."""
+    batch = problem.build(torch.float64)
+    with backends.settings(tile=tile, host_reads=False, workspace_mib=0.1):
+        actual = run(pairwise_logsumexp, batch)
+    for a, o in zip(actual, run(reference.pairwise_logsumexp, batch), strict=True):
+        torch.testing.assert_close(a, o, rtol=1e-10, atol=1e-10)
 
 
 @given(
