@@ -119,15 +119,13 @@ def gcl_loss(
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
         refuse_forward_mode("gcl_loss", logit_scale, weights, *_tensors(lhs), *_tensors(rhs))
         lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
-        logit_scale = local_tensor("logit_scale", logit_scale, group)
         weights, labels = local_tensor("weights", weights, group), local_tensor("labels", labels, group)
-        lhs_ids, rhs_ids = local_tensor("lhs_ids", lhs_ids, group), local_tensor("rhs_ids", rhs_ids, group)
         lhs_field_mask = local_tensor("lhs_field_mask", lhs_field_mask, group)
         rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "distributed": group is not None}
-        first = Pairs.of(left[0][1], right[0][1], logit_scale, **inputs)
+        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids}
+        first = Pairs.of(left[0][1], right[0][1], logit_scale, group, **inputs)
         check_weights(weights, labels, first.n, first.lhs.device)
         # fields of a side are alike, which was checked with them
         of_fields = [

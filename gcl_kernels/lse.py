@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends, distributed, ops
 from .backends import Lines, Want
 from .derivatives import refuse_forward_mode
-from .groups import ProcessGroupLike, local_tensor, resolve_group
+from .groups import ProcessGroupLike, resolve_group
 from .pairs import Pairs
 from .types import TRANSPORTS, Backend, Transport
 from .validation import check_choice
@@ -77,18 +77,15 @@ def pairwise_logsumexp(
     check_choice("transport", transport, TRANSPORTS)
     with distributed.shared_failure(group):
         refuse_forward_mode("pairwise_logsumexp", lhs, rhs, logit_scale)
-        lhs, rhs = local_tensor("lhs", lhs, group), local_tensor("rhs", rhs, group)
-        logit_scale, labels = local_tensor("logit_scale", logit_scale, group), local_tensor("labels", labels, group)
-        lhs_ids, rhs_ids = local_tensor("lhs_ids", lhs_ids, group), local_tensor("rhs_ids", rhs_ids, group)
-        options = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids}
-        pairs = Pairs.of(lhs, rhs, logit_scale, **options, distributed=group is not None)
+        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids}
+        pairs = Pairs.of(lhs, rhs, logit_scale, group, **inputs)
         if group is not None:
-            backends.choose(backend, lhs.device, pairs.lhs.dtype)  # raises if there is no such backend
+            backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)  # raises if there is no such backend
     ranks = None if group is None else distributed.agree(group, transport, pairs, logit_scale, {})
     row, col, positive = statistics(pairs, Want(True, True), backend, ranks=ranks)
     kind = torch.float64 if lhs.dtype == torch.float64 else torch.float32
-    shape = (pairs.n,) if labels is None else labels.shape
-    return PairwiseLSE(row.to(kind), col.to(kind), positive.reshape(shape).to(kind))
+    positive = positive[:, 0] if labels is None or labels.ndim == 1 else positive
+    return PairwiseLSE(row.to(kind), col.to(kind), positive.to(kind))
 
 
 def statistics(

@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .validation import check_ids, check_labels, check_pair, check_scale
+from .groups import local_tensor
+from .validation import as_ids, as_labels, check_channels, check_label_range, check_pair, check_scale
 
-# Along which side of the N x M plane a field's first dimension lies.
-ALONG = {"lhs": "rows", "labels": "rows", "lhs_ids": "rows", "rhs": "cols", "rhs_ids": "cols"}
+if TYPE_CHECKING:  # some builds of torch have no distributed
+    from torch.distributed import ProcessGroup
+
+
+Check = Callable[
+    [str, Tensor, int, Tensor], Tensor
+]  # (name, x, length, lhs) -> x in the field's shape and dtype, or an error
+
+
+def rows(check: Check) -> dict[str, Any]:
+    """An optional input with an entry for each row, `check`ed by itself."""
+    return {"along": "rows", "check": check}
+
+
+def cols(check: Check) -> dict[str, Any]:
+    return {"along": "cols", "check": check}
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of lhs against rows of rhs. To add an input: a field, its side in `ALONG`, its check in `of`."""
+    """Rows of lhs against rows of rhs.
+
+    A new input is a field here. `lse` offers it to users, and both backends' `modify` use it. Everything between (the check, the
+    operator, the ranks) reads the fields.
+    """
 
     lhs: Tensor  # (N, D)
     rhs: Tensor  # (M, D), the same dtype and device
     logit_scale: Tensor  # 0-d, float64 for float64 inputs, else float32
-    labels: Tensor | None = None  # (N, P) int64, -1 for none; None: row i's positive is column i
-    lhs_ids: Tensor | None = None  # (N, K) int64, below 0 for none; both or neither
-    rhs_ids: Tensor | None = None  # (M, K)
+    # (N, P) int64, -1 for none; None: row i's positive is column i
+    labels: Tensor | None = field(default=None, metadata=rows(as_labels))
+    # (N, K) and (M, K) int64, below 0 for none; both or neither
+    lhs_ids: Tensor | None = field(default=None, metadata=rows(as_ids))
+    rhs_ids: Tensor | None = field(default=None, metadata=cols(as_ids))
 
     @classmethod
     def of(
-        cls,
-        lhs: Tensor,
-        rhs: Tensor,
-        logit_scale: Tensor | float,
-        *,
-        labels: Tensor | None = None,
-        lhs_ids: Tensor | None = None,
-        rhs_ids: Tensor | None = None,
-        distributed: bool = False,
+        cls, lhs: Tensor, rhs: Tensor, logit_scale: Tensor | float, group: ProcessGroup | None = None, **inputs: Any
     ) -> Pairs:
-        """Checks a caller's arguments and brings them into the shapes and dtypes above.
+        """Checks a caller's arguments and brings them into the shapes and dtypes above. `inputs`: the optional fields.
 
-        `distributed`: labels count the columns of all ranks, which only the ranks together can check.
+        Beside a process group labels count the columns of all ranks, which only the ranks together can check.
         """
+        lhs, rhs = local_tensor("lhs", lhs, group), local_tensor("rhs", rhs, group)
         check_pair(lhs, rhs)
-        check_labels(labels, lhs, rhs, distributed)
-        check_ids(lhs_ids, rhs_ids, lhs, rhs)
+        length, given = {"rows": len(lhs), "cols": len(rhs)}, {}
+        for name, x in inputs.items():
+            if x is not None:
+                along, check = OPTIONAL[name]
+                given[name] = check(name, local_tensor(name, x, group), length[along], lhs)
+        check_label_range(given.get("labels"), lhs, rhs, distributed=group is not None)
+        check_channels(given.get("lhs_ids"), given.get("rhs_ids"))
         lhs, rhs = autocast_like_matmul(lhs, rhs)
-        return cls(
-            lhs,
-            rhs,
-            check_scale(logit_scale, lhs),
-            None if labels is None else labels.reshape(len(lhs), -1).to(torch.int64),
-            None if lhs_ids is None else lhs_ids.reshape(len(lhs), -1),
-            None if rhs_ids is None else rhs_ids.reshape(len(rhs), -1),
-        )
+        return cls(lhs, rhs, check_scale(local_tensor("logit_scale", logit_scale, group), lhs), **given)
 
     def between(self, lhs: Tensor, rhs: Tensor) -> Pairs:
         """The same rows and columns by other embeddings, of the same shapes, dtype and device."""
@@ -77,12 +90,24 @@ class Pairs:
         return 1 if self.labels is None else self.labels.shape[1]
 
     @property
+    def hides(self) -> bool:
+        """Whether unlabelled pairs may be hidden, all of a line among them."""
+        return self.lhs_ids is not None
+
+    @property
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lhs, self.rhs, self.logit_scale
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The fields that are there, by name."""
         return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+    def of_columns(self) -> dict[str, Tensor]:
+        """The optional fields that are there and have an entry for each column, by name."""
+        return {name: x for name, x in self.tensors() if name in OPTIONAL and OPTIONAL[name][0] == "cols"}
+
+
+OPTIONAL = {f.name: (f.metadata["along"], f.metadata["check"]) for f in fields(Pairs) if f.metadata}
 
 
 def autocast_like_matmul(lhs: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:

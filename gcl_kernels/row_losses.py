@@ -80,7 +80,7 @@ def row_losses(
         g_col = (1 - a) * _sum_by_column(g, column, pairs.m) if a < 1 else None
         known = Lines(g_row, g_col, (smoothing - 1) * g)
     row, col, positive = statistics(pairs, Want(a > 0, a < 1), backend, known_upstream=known, ranks=ranks)
-    if pairs.lhs_ids is not None:  # a line with nothing visible has no positive either: keep its -inf out of sums
+    if pairs.hides:  # a line with nothing visible has no positive either: keep its -inf out of sums
         row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
 
     def direction(lse: Tensor, mean: Tensor | None) -> Tensor:

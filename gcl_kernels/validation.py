@@ -61,38 +61,51 @@ def check_scale(logit_scale: Tensor | float, lhs: Tensor) -> Tensor:
     return torch.full((), float(logit_scale), dtype=kind, device=lhs.device)
 
 
-def check_labels(labels: Tensor | None, lhs: Tensor, rhs: Tensor, distributed: bool = False) -> None:
+def as_labels(name: str, labels: Tensor, n: int, lhs: Tensor) -> Tensor:
+    """(N, P) int64; the values are `check_label_range`'s."""
+    check_lines(name, labels, n, lhs, INTEGERS, "P")
+    return labels.reshape(n, -1).to(torch.int64)
+
+
+def as_ids(name: str, ids: Tensor, n: int, lhs: Tensor) -> Tensor:
+    """(N, K)"""
+    check_lines(name, ids, n, lhs, (torch.int64,), "K")
+    return ids.reshape(n, -1)
+
+
+def check_lines(
+    name: str, x: Tensor, n: int, lhs: Tensor, dtypes: tuple[torch.dtype, ...], columns: str | None
+) -> None:
+    """One number a line, or `columns` of them, on the device of lhs."""
+    check_tensor(name, x, (1, 2) if columns else (1,), dtypes)
+    if x.shape[0] != n or 0 in x.shape:
+        expected = f"({n},) or ({n}, {columns})" if columns else f"({n},)"
+        raise ValueError(f"{name}: expected {expected}, got {tuple(x.shape)}")
+    check_device(name, x, lhs.device)
+
+
+def check_label_range(labels: Tensor | None, lhs: Tensor, rhs: Tensor, distributed: bool = False) -> None:
     """`distributed`: labels may name other ranks' columns, which only the ranks together can check."""
     n, m = lhs.shape[0], rhs.shape[0]
     if labels is None:
         if m < n:
             raise ValueError(f"labels: expected labels for M < N (row i's default positive is column i), got None with "
                              f"N = {n}, M = {m}")  # fmt: skip
-        return
-    check_tensor("labels", labels, (1, 2), INTEGERS)
-    if labels.shape[0] != n or 0 in labels.shape:
-        raise ValueError(f"labels: expected ({n},) or ({n}, P), got {tuple(labels.shape)}")
-    check_device("labels", labels, lhs.device)
-    if may_read(labels) and not distributed:
+    elif may_read(labels) and not distributed:
         low, high = int(labels.min()), int(labels.max())
         if low < -1 or high >= m:
             raise ValueError(f"labels: expected columns 0..{m - 1}, or -1 for none, got values from {low} to {high}")
 
 
-def check_ids(lhs_ids: Tensor | None, rhs_ids: Tensor | None, lhs: Tensor, rhs: Tensor) -> None:
+def check_channels(lhs_ids: Tensor | None, rhs_ids: Tensor | None) -> None:
+    """Ids (N, K) and (M, K): both or neither."""
     if lhs_ids is None and rhs_ids is None:
         return
     if lhs_ids is None or rhs_ids is None:
         absent, given = ("lhs_ids", "rhs_ids") if lhs_ids is None else ("rhs_ids", "lhs_ids")
         raise ValueError(f"{absent}: expected ids together with {given}, got None")
-    for name, ids, n in (("lhs_ids", lhs_ids, lhs.shape[0]), ("rhs_ids", rhs_ids, rhs.shape[0])):
-        check_tensor(name, ids, (1, 2), (torch.int64,))
-        if ids.shape[0] != n or 0 in ids.shape:
-            raise ValueError(f"{name}: expected ({n},) or ({n}, K), got {tuple(ids.shape)}")
-        check_device(name, ids, lhs.device)
-    left, right = (ids.shape[1] if ids.ndim == 2 else 1 for ids in (lhs_ids, rhs_ids))
-    if left != right:
-        raise ValueError(f"rhs_ids: expected {left} channels as in lhs_ids, got {right}")
+    if lhs_ids.shape[1] != rhs_ids.shape[1]:
+        raise ValueError(f"rhs_ids: expected {lhs_ids.shape[1]} channels as in lhs_ids, got {rhs_ids.shape[1]}")
 
 
 def check_weights(weights: Tensor | None, labels: Tensor | None, n: int, device: torch.device) -> None:

@@ -193,7 +193,7 @@ def test_inputs_are_checked_once(mode):
     options = {} if mode is None else {"field_mode": mode}
     ids = {"lhs_ids": torch.arange(7), "rhs_ids": torch.arange(9)}
     with contextlib.ExitStack() as stack:
-        names = "check_pair", "check_labels", "check_ids", "check_scale"
+        names = "check_pair", "check_label_range", "check_channels", "check_scale"
         checks = [stack.enter_context(mock.patch.object(pairs, name, wraps=getattr(pairs, name))) for name in names]
         gcl_loss(*sides, 2.0, labels=torch.arange(7), label_smoothing=0.1, **ids, **options)
     assert [check.call_count for check in checks] == [1, 1, 1, 1]

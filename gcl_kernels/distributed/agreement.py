@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..pairs import Pairs
+from ..pairs import OPTIONAL, Pairs
 from ..validation import may_read
 from .exchange import all_gather_single, all_rows, outside_compiled_graphs, total, waiting
 
@@ -97,8 +97,7 @@ def agree(
         "alike": {
             "transport": transport,
             "lhs and rhs": f"D = {pairs.d}, {str(pairs.lhs.dtype).removeprefix('torch.')} on {pairs.lhs.device.type}",
-            "labels": _described(pairs.labels, "labels a row"),
-            "lhs_ids": _described(pairs.lhs_ids, "channels of ids"),
+            **{name: _described(getattr(pairs, name)) for name in OPTIONAL},
             "requires_grad of lhs, rhs, logit_scale": str(needs),
             **{name: str(value) for name, value in alike.items()},
         },
@@ -137,8 +136,8 @@ def agree(
     return ranks
 
 
-def _described(x: Tensor | None, what: str) -> str:
-    return "None" if x is None else f"{x.shape[1]} {what}"
+def _described(x: Tensor | None) -> str:
+    return "None" if x is None else f"a tensor (..., {x.shape[1]})" if x.ndim == 2 else "a tensor (...)"
 
 
 def _range(labels: Tensor | None) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Lines, Need, Want
-from ..pairs import ALONG, Pairs
+from ..pairs import Pairs
 from .agreement import Ranks
 from .exchange import Shift, bring_home, gather, outside_compiled_graphs
 
@@ -101,12 +101,11 @@ class _Statistics(torch.autograd.Function):
 
 def gathered(pairs: Pairs, ranks: Ranks) -> Pairs:
     """With every rank's values of what belongs to columns; rhs itself only where it is not passed around a ring."""
-    of_columns = {
-        name: gather(x, ranks.cols, ranks.group, f"the all-gather of {name}")
-        for name, x in sorted(pairs.tensors(), key=lambda item: item[0] == "rhs")
-        if ALONG.get(name) == "cols" and not (name == "rhs" and ranks.transport == "ring")
+    of_columns = pairs.of_columns() if ranks.transport == "ring" else {**pairs.of_columns(), "rhs": pairs.rhs}
+    everybodys = {
+        name: gather(x, ranks.cols, ranks.group, f"the all-gather of {name}") for name, x in of_columns.items()
     }
-    return replace(pairs, **of_columns)
+    return replace(pairs, **everybodys)
 
 
 def blocks(pairs: Pairs, ranks: Ranks) -> Iterator[tuple[int | None, slice, Pairs]]:
@@ -115,9 +114,9 @@ def blocks(pairs: Pairs, ranks: Ranks) -> Iterator[tuple[int | None, slice, Pair
         yield None, slice(0, ranks.m), pairs
         return
     for owner, cols, rhs in around_the_ring(pairs.rhs, ranks):
-        changed = {name: x[cols] for name, x in pairs.tensors() if ALONG.get(name) == "cols"}
+        of_columns = {name: x[cols] for name, x in pairs.of_columns().items()}
         labels = None if pairs.labels is None else labels_within(pairs.labels, cols)
-        yield owner, cols, replace(pairs, **{**changed, "rhs": rhs, "labels": labels})
+        yield owner, cols, replace(pairs, rhs=rhs, labels=labels, **of_columns)
 
 
 def around_the_ring(rhs: Tensor, ranks: Ranks) -> Iterator[tuple[int, slice, Tensor]]:

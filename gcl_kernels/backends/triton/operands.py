@@ -18,6 +18,9 @@ from .run import Block
 # The kernels read vectors in whole tiles, of any side up to this.
 PAD = 256
 
+# A mask or an additive term as the kernels take it: pairs of vectors, one of rows (N..) and one of columns (M..).
+Term = tuple[tuple[Tensor | None, Tensor | None], ...]
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -29,8 +32,7 @@ class Operands:
     ]  # logit_scale * log2(e) in float32; for float32 inputs what rounding took from it
     labels: Tensor | None  # (N.., P) int32, `padded`; None: row i's positive is column i
     positives: int  # P
-    lhs_ids: Tensor | None  # (K, N..) int32, `compress_ids`
-    rhs_ids: Tensor | None
+    terms: tuple[Term | None, ...]  # `terms_of`
     config: Config
     precision: str
 
@@ -38,9 +40,6 @@ class Operands:
     def of(cls, pairs: Pairs) -> Operands:
         precision = input_precision(pairs.lhs.dtype)
         high, low = high_and_low(pairs.logit_scale.to(torch.float64) * LOG2E, torch.float32)
-        lhs_ids, rhs_ids = None, None
-        if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
-            lhs_ids, rhs_ids = compress_ids(pairs.lhs_ids, pairs.rhs_ids)
         return cls(
             operand(pairs.lhs),
             operand(pairs.rhs),
@@ -48,8 +47,7 @@ class Operands:
             (high, low if pairs.lhs.dtype == torch.float32 else None),
             None if pairs.labels is None else padded(pairs.labels.to(torch.int32), -1),
             pairs.positives,
-            lhs_ids,
-            rhs_ids,
+            terms_of(pairs),
             select(pairs.lhs.device, pairs.lhs.dtype, pairs.d, precision),
             precision,
         )
@@ -63,7 +61,7 @@ class Operands:
         return self.rhs.shape[0]
 
     def tile(self, *, backward: bool = False, stored: bool = False) -> TileShape:
-        return self.config.tile(backward, self.lhs_ids is not None or self.positives > 1, stored)
+        return self.config.tile(backward, any(term is not None for term in self.terms) or self.positives > 1, stored)
 
     def arguments(self, rows: slice, cols: slice, tile: TileShape, written: Tensor | None = None) -> dict[str, Any]:
         """What both tile kernels take, for a chunk whose tiles are written to a matrix, or to none."""
@@ -74,7 +72,7 @@ class Operands:
             "strides": (lhs.stride(0), rhs.stride(0), 0 if written is None else written.stride(0)),
             "scale": self.scale,
             "p_labels": None if self.labels is None else self.labels[rows.start :],
-            "terms": self.terms(rows, cols),
+            "terms": tuple(None if term is None else in_chunk(term, rows, cols) for term in self.terms),
             "n": lhs.shape[0],
             "m": rhs.shape[0],
             "d": lhs.shape[1],
@@ -84,16 +82,25 @@ class Operands:
             **tile_constants(tile, lhs.shape[1]),
         }
 
-    def terms(self, rows: slice, cols: slice) -> tuple[Any, ...]:
-        """`modify.modify`'s, in its order."""
-        if self.lhs_ids is None or self.rhs_ids is None:
-            return (None,)
-        channels = zip(self.lhs_ids, self.rhs_ids, strict=True)
-        return (tuple((left[rows.start :], right[cols.start :]) for left, right in channels),)
-
     def block(self, x: Tensor, rows: int, cols: int) -> Tensor | Block:
         """A matrix as the kernels take it: a descriptor of (rows, cols) blocks, or the tensor for its pointer."""
         return Block(x, rows, cols) if self.config.descriptors else x
+
+
+def terms_of(pairs: Pairs) -> tuple[Term | None, ...]:
+    """`modify`'s, in its order; None for one that is absent."""
+    ids = None
+    if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
+        ids = tuple(zip(*compress_ids(pairs.lhs_ids, pairs.rhs_ids), strict=True))
+    return (ids,)
+
+
+def in_chunk(term: Term, rows: slice, cols: slice) -> Term:
+    """The vectors from the chunk's first row and column on."""
+    return tuple(
+        (None if of_rows is None else of_rows[rows.start :], None if of_cols is None else of_cols[cols.start :])
+        for of_rows, of_cols in term
+    )
 
 
 def tile_constants(tile: TileShape, d: int) -> dict[str, Any]:
