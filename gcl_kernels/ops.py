@@ -40,8 +40,9 @@ class Call(NamedTuple):
 
 @lru_cache(maxsize=256)
 def call_of(text: str) -> Call:
-    on = [flag == "1" for flag in text[:5]]
-    return Call(Want(*on[:2]), Need(*on[2:]), text[5:] or None)
+    wants, flags = len(Want._fields), len(Want._fields) + len(Need._fields)
+    on = [flag == "1" for flag in text[:flags]]
+    return Call(Want(*on[:wants]), Need(*on[wants:]), text[flags:] or None)
 
 
 def statistics(
@@ -55,9 +56,15 @@ def statistics(
     factor, so what was said must hold; `GCL_KERNELS_DEBUG=1` checks it.
     """
     need = Need(*(torch.is_grad_enabled() and x.requires_grad for x in pairs.differentiable))
-    known = known_upstream if known_upstream is not None and any(need) else (None,) * len(UPSTREAM)
+    known = known_upstream if any(need) else None
+    return _forward(*arguments(pairs, known, Call(want, need, backend)))[:3]
+
+
+def arguments(pairs: Pairs, known_upstream: Lines | None, call: Call) -> tuple[Tensor | str | None, ...]:
+    """The forward operator's, `unpacked`'s inverse."""
+    known = (None,) * len(UPSTREAM) if known_upstream is None else known_upstream
     upstream = (None if g is None else g.detach() for g in known)
-    return _forward(*(getattr(pairs, name) for name in INPUTS), *upstream, Call(want, need, backend).text())[:3]
+    return *(getattr(pairs, name) for name in INPUTS), *upstream, call.text()
 
 
 def in_one_pass(pairs: Pairs, upstream: Lines, want: Want, backend: str) -> bool:
@@ -66,19 +73,19 @@ def in_one_pass(pairs: Pairs, upstream: Lines, want: Want, backend: str) -> bool
     return backends.BACKENDS[backend].one_pass(pairs.n, pairs.m, want, pairs.lhs.device, pairs.lhs.dtype)
 
 
-def unpacked(arguments: tuple) -> tuple[Pairs, Lines, Call]:
+def unpacked(given: tuple) -> tuple[Pairs, Lines, Call]:
     """The operators' arguments, up to and with the string."""
     k = len(INPUTS)
-    return Pairs(*arguments[:k]), Lines(*arguments[k : k + len(UPSTREAM)]), call_of(arguments[k + len(UPSTREAM)])
+    return Pairs(*given[:k]), Lines(*given[k : k + len(UPSTREAM)]), call_of(given[k + len(UPSTREAM)])
 
 
-def _run_forward(*arguments):
+def _run_forward(*given):
     """(row, col, positive, dlhs, drhs, dscale); what is not made is empty."""
-    pairs, upstream, call = unpacked(arguments)
+    pairs, upstream, call = unpacked(given)
     name = backends.choose(call.backend, pairs.lhs.device, pairs.lhs.dtype)
     module, gradients = backends.load(name), Gradients(None, None, None)
     if in_one_pass(pairs, upstream, call.want, name):
-        lines, gradients = module.forward_with_gradient(pairs, upstream, call.need)
+        lines, gradients = module.forward_with_gradient(pairs, upstream, call.need, joined=call.want.joined)
     else:
         lines = module.forward(pairs, call.want)
     kind = statistics_dtype(pairs.lhs.device)
@@ -95,8 +102,8 @@ _forward = torch.library.custom_op(
 
 
 @_forward.register_fake
-def _(*arguments):
-    pairs, upstream, call = unpacked(arguments)
+def _(*given):
+    pairs, upstream, call = unpacked(given)
     lhs, kind = pairs.lhs, statistics_dtype(pairs.lhs.device)
     name = backends.choose(call.backend, lhs.device, lhs.dtype)
     made = call.need if in_one_pass(pairs, upstream, call.want, name) else Need(False, False, False)
@@ -108,12 +115,12 @@ def _(*arguments):
     )
 
 
-def _run_backward(*arguments):
-    pairs, upstream, call = unpacked(arguments)
-    row, col, positive = arguments[-3:]
+def _run_backward(*given):
+    pairs, upstream, call = unpacked(given)
+    row, col, positive = given[-3:]
     lines = Lines(row if call.want.row else None, col if call.want.col else None, positive)
     module = backends.load(backends.choose(call.backend, pairs.lhs.device, pairs.lhs.dtype))
-    return filled(module.backward(pairs, lines, upstream, call.need), pairs)
+    return filled(module.backward(pairs, lines, upstream, call.need, joined=call.want.joined), pairs)
 
 
 _backward = torch.library.custom_op(
@@ -126,8 +133,8 @@ _backward = torch.library.custom_op(
 
 
 @_backward.register_fake
-def _(*arguments):
-    pairs, _, call = unpacked(arguments)
+def _(*given):
+    pairs, _, call = unpacked(given)
     return empty_gradients(pairs, call.need)
 
 
@@ -160,7 +167,7 @@ def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
     *inputs, known_row, known_col, known_positive, row, col, positive = ctx.saved_tensors
     call = call_of(ctx.call)
     needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=False))
-    g_row, g_col = (g if wanted else None for g, wanted in zip((g_row, g_col), call.want, strict=True))
+    g_row, g_col = (g if wanted else None for g, wanted in zip((g_row, g_col), call.want[:2], strict=True))
     if ctx.made:
         # The stored gradients are returned without a copy, so they can be used once. A second backward (retain_graph) makes
         # them again, bit for bit. With create_graph they are made again as well, because only those raise the error about a

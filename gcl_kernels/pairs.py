@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .groups import local_tensor
-from .validation import as_ids, as_labels, check_channels, check_label_range, check_pair, check_scale
+from .validation import as_ids, as_labels, as_numbers, check_channels, check_label_range, check_pair, check_scale
 
 if TYPE_CHECKING:  # some builds of torch have no distributed
     from torch.distributed import ProcessGroup
@@ -46,6 +46,12 @@ class Pairs:
     # (N, K) and (M, K) int64, below 0 for none; both or neither
     lhs_ids: Tensor | None = field(default=None, metadata=rows(as_ids))
     rhs_ids: Tensor | None = field(default=None, metadata=cols(as_ids))
+    # (N,) and (M,) in logit_scale's dtype: an unlabelled pair of a larger <x_i, y_j> is hidden
+    lhs_limit: Tensor | None = field(default=None, metadata=rows(as_numbers))
+    rhs_limit: Tensor | None = field(default=None, metadata=cols(as_numbers))
+    rhs_bias: Tensor | None = field(
+        default=None, metadata=cols(as_numbers)
+    )  # (M,) likewise, added to the column's logits
 
     @classmethod
     def of(
@@ -92,7 +98,12 @@ class Pairs:
     @property
     def hides(self) -> bool:
         """Whether unlabelled pairs may be hidden, all of a line among them."""
-        return self.lhs_ids is not None
+        return self.lhs_ids is not None or self.limited
+
+    @property
+    def limited(self) -> bool:
+        """Whether pairs are hidden by their similarity."""
+        return self.lhs_limit is not None or self.rhs_limit is not None
 
     @property
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 Directions = Literal["both", "lhs_to_rhs", "rhs_to_lhs"]
 Reduction = Literal["mean", "weighted_mean", "sum", "none"]
 FieldMode = Literal["aggregate", "pairwise"]
+Positives = Literal["joined", "apart"]
 Transport = Literal["all_gather", "ring"]
 Backend = Literal["torch", "triton"]
 ScoreToWeightName = Literal["constant", "linear", "inverse", "inverse_sqrt", "log", "piecewise"]
@@ -16,6 +17,7 @@ WeightNormalization = Literal["mean"]
 DIRECTIONS: tuple[Directions, ...] = get_args(Directions)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 FIELD_MODES: tuple[FieldMode, ...] = get_args(FieldMode)
+POSITIVES: tuple[Positives, ...] = get_args(Positives)
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 SCORE_TO_WEIGHT_NAMES: tuple[ScoreToWeightName, ...] = get_args(ScoreToWeightName)

@@ -73,6 +73,14 @@ def as_ids(name: str, ids: Tensor, n: int, lhs: Tensor) -> Tensor:
     return ids.reshape(n, -1)
 
 
+def as_numbers(name: str, x: Tensor, n: int, lhs: Tensor) -> Tensor:
+    """(n,) without a gradient, float64 beside float64 embeddings and float32 otherwise. Infinities are taken, NaN is not."""
+    check_lines(name, x, n, lhs, DTYPES, None)
+    if may_read(x) and bool(x.isnan().any()):
+        raise ValueError(f"{name}: expected numbers, got NaN at {x.isnan().nonzero()[0].item()}")
+    return x.detach().to(torch.float64 if lhs.dtype == torch.float64 else torch.float32)
+
+
 def check_lines(
     name: str, x: Tensor, n: int, lhs: Tensor, dtypes: tuple[torch.dtype, ...], columns: str | None
 ) -> None:

@@ -19,17 +19,34 @@ def diagonal_labels(n: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device)
 
 
-def hidden_pairs(labels: Tensor, m: int, lhs_ids: Tensor | None, rhs_ids: Tensor | None) -> Tensor:
-    """(N, M) bool: pairs that are false negatives. Equal non-negative ids in any channel hide a pair; a label shows it."""
-    n = labels.shape[0]
-    if lhs_ids is None or rhs_ids is None:
-        return torch.zeros(n, m, dtype=torch.bool, device=labels.device)
-    left = lhs_ids.reshape(n, 1, -1)
-    right = rhs_ids.reshape(1, m, -1)
-    same_id = ((left == right) & (left >= 0)).any(dim=2)
+def labelled_pairs(labels: Tensor, m: int) -> Tensor:
+    """(N, M) bool: positives."""
     columns = torch.arange(m, device=labels.device)
-    labelled = (labels.reshape(n, -1, 1) == columns).any(dim=1)
-    return same_id & ~labelled
+    return (labels.reshape(labels.shape[0], -1, 1) == columns).any(dim=1)
+
+
+def hidden_pairs(
+    labels: Tensor,
+    m: int,
+    lhs_ids: Tensor | None,
+    rhs_ids: Tensor | None,
+    similarity: Tensor | None = None,
+    lhs_limit: Tensor | None = None,
+    rhs_limit: Tensor | None = None,
+) -> Tensor:
+    """(N, M) bool: pairs that are false negatives. Equal non-negative ids in any channel hide a pair, a similarity above its
+    row's or its column's limit does; a label shows it."""
+    n = labels.shape[0]
+    hidden = torch.zeros(n, m, dtype=torch.bool, device=labels.device)
+    if lhs_ids is not None and rhs_ids is not None:
+        left = lhs_ids.reshape(n, 1, -1)
+        right = rhs_ids.reshape(1, m, -1)
+        hidden |= ((left == right) & (left >= 0)).any(dim=2)
+    if lhs_limit is not None:
+        hidden |= similarity > lhs_limit[:, None]
+    if rhs_limit is not None:
+        hidden |= similarity > rhs_limit
+    return hidden & ~labelled_pairs(labels, m)
 
 
 def safe_logsumexp(s: Tensor, hidden: Tensor, dim: int) -> Tensor:
@@ -47,14 +64,26 @@ def pairwise_logsumexp(
     labels: Tensor | None = None,
     lhs_ids: Tensor | None = None,
     rhs_ids: Tensor | None = None,
+    lhs_limit: Tensor | None = None,
+    rhs_limit: Tensor | None = None,
+    rhs_bias: Tensor | None = None,
+    directions: str = "both",
+    positives: str = "joined",
 ) -> PairwiseLSE:
-    """s = logit_scale * lhs @ rhs.T; its row and column logsumexp over visible pairs, and the positives' logits."""
+    """s = logit_scale * lhs @ rhs.T + rhs_bias; its row and column logsumexp over visible pairs, and the positives' logits.
+
+    `positives="apart"` hides positives too. A direction that is not asked for is empty.
+    """
     n, m = lhs.shape[0], rhs.shape[0]
     labels = diagonal_labels(n, lhs.device) if labels is None else labels
-    s = logit_scale * (lhs @ rhs.T)
-    hidden = hidden_pairs(labels, m, lhs_ids, rhs_ids)
-    row = safe_logsumexp(s, hidden, dim=1)
-    col = safe_logsumexp(s, hidden, dim=0)
+    similarity = lhs @ rhs.T
+    s = logit_scale * similarity
+    s = s if rhs_bias is None else s + rhs_bias.to(s)
+    hidden = hidden_pairs(labels, m, lhs_ids, rhs_ids, similarity.detach(), lhs_limit, rhs_limit)
+    if positives == "apart":
+        hidden |= labelled_pairs(labels, m)
+    row = safe_logsumexp(s, hidden, dim=1) if directions != "rhs_to_lhs" else s.new_empty(0)
+    col = safe_logsumexp(s, hidden, dim=0) if directions != "lhs_to_rhs" else s.new_empty(0)
     positive = s.gather(1, labels.clamp(min=0).reshape(n, -1)).reshape(labels.shape)
     return PairwiseLSE(row, col, torch.where(labels >= 0, positive, 0.0))
 

@@ -28,10 +28,8 @@ def assert_accurate(actual, batch: testing.Batch, function=None, outputs=everyth
         return outputs((function or reference.pairwise_logsumexp)(*inputs, **given))
 
     inputs = batch.differentiable
-    floor = testing.floor(*inputs)
-    testing.assert_as_accurate(
-        actual, testing.dense_forms(dense, inputs), testing.in_float64(dense, inputs), names, floor
-    )
+    forms = testing.dense_forms(dense, inputs, similarities="lhs_limit" in given)
+    testing.assert_as_accurate(actual, forms, testing.in_float64(dense, inputs), names, testing.floor(*inputs))
 
 
 def bias_of_logits(function, device="cpu") -> float:

@@ -1,15 +1,16 @@
 """What passes between the operator and a backend. A backend is a module with three functions, the whole contract.
 
 `forward(pairs, want) -> Lines`
-    Row and column logsumexp in natural-log units and the positives' logits, all of `statistics_dtype`. A direction that is
-    not wanted is None and costs nothing. A row or column with nothing visible is -inf. The positive of label -1 is 0.
+    Row and column logsumexp in natural-log units, of negatives alone unless `want.joined`, and the positives' logits, all of
+    `statistics_dtype`. A direction that is not wanted is None and costs nothing. A row or column with nothing visible is -inf.
+    The positive of label -1 is 0.
 
-`backward(pairs, statistics, upstream, need, *, dtype=None) -> Gradients`
-    `statistics` as the forward returned them. `upstream` are the gradients with respect to them, None where zero. Gradients
-    of lhs and rhs come in `dtype`, None for the inputs'. Pass float32 to accumulate several partial gradients and round only
-    once. The gradient of the scale is 0-d in the scale's dtype. A gradient that is not needed is None.
+`backward(pairs, statistics, upstream, need, *, joined=True, dtype=None) -> Gradients`
+    `statistics` as the forward returned them, `joined` as it was wanted. `upstream` are the gradients with respect to them,
+    None where zero. Gradients of lhs and rhs come in `dtype`, None for the inputs'. Pass float32 to accumulate several partial
+    gradients and round only once. The gradient of the scale is 0-d in the scale's dtype. A gradient that is not needed is None.
 
-`forward_with_gradient(pairs, upstream, need) -> (Lines, Gradients)`
+`forward_with_gradient(pairs, upstream, need, *, joined=True) -> (Lines, Gradients)`
     Does both passes in 6 N M D floating-point operations instead of 8, where the upstream gradients are known beforehand and
     the backend says that it saves work (`Backend.one_pass`). A direction whose upstream gradient is None is not wanted.
 
@@ -37,10 +38,11 @@ from torch import Tensor
 
 
 class Want(NamedTuple):
-    """Which directions are computed."""
+    """Which directions are computed, and whether a line's positives are part of it."""
 
     row: bool
     col: bool
+    joined: bool = True
 
     @property
     def both(self) -> bool:

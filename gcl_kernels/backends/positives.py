@@ -15,14 +15,17 @@ from .contract import Lines
 from .settings import may_read_on_host
 
 
-def positive_entries(labels: Tensor | None, statistics: Lines, upstream: Lines) -> Tensor:
-    """(N, P) entries of G at the labels, in the statistics' dtype: p - 1 is taken here, before anything is rounded."""
+def positive_entries(labels: Tensor | None, statistics: Lines, upstream: Lines, joined: bool) -> Tensor:
+    """(N, P) entries of G at the labels, in the statistics' dtype: p - 1 is taken here, before anything is rounded.
+
+    `joined`: positives are part of their lines.
+    """
     (row, col, positive), (g_row, g_col, g_positive) = statistics, upstream
     assert positive is not None
     entry = torch.zeros_like(positive)
-    if g_row is not None and row is not None:
+    if joined and g_row is not None and row is not None:
         entry += g_row[:, None] * torch.exp(positive - row[:, None])
-    if g_col is not None and col is not None:
+    if joined and g_col is not None and col is not None:
         column = slice(len(positive)) if labels is None else labels.clamp(min=0).flatten()
         entry += (g_col[column] * torch.exp(positive.flatten() - col[column])).view_as(entry)
     if g_positive is None:

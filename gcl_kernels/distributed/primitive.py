@@ -77,6 +77,7 @@ class _Statistics(torch.autograd.Function):
                 Lines(row, col[cols] if want.col else None, positive),
                 Lines(g_row, g_col[cols] if want.col else None, g_positive),
                 need,
+                joined=want.joined,
                 dtype=wide,
             )
             if part.lhs is not None:

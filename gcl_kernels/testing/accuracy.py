@@ -56,21 +56,29 @@ def in_float64(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[T
     return value_and_gradients(lambda: function(*exact), exact)
 
 
-def dense_forms(function: Dense, inputs: Sequence[Tensor], count: int = FORMS) -> Iterator[list[Tensor]]:
+def dense_forms(
+    function: Dense, inputs: Sequence[Tensor], count: int = FORMS, *, similarities: bool = False
+) -> Iterator[list[Tensor]]:
     """`value_and_gradients` of `function(lhs, rhs, logit_scale)` as given, then of expressions equal to it.
 
-    The function must depend on its inputs by their logits alone, logit_scale * lhs @ rhs.T.
+    The function must depend on its inputs by their logits alone, logit_scale * lhs @ rhs.T; with `similarities` it may depend on
+    lhs @ rhs.T as well.
     """
     yield value_and_gradients(lambda: function(*inputs), inputs)
     for seed in range(1, count):
-        yield value_and_gradients(lambda s=seed: function(*equivalent(*inputs, seed=s)), inputs)
+        yield value_and_gradients(
+            lambda s=seed: function(*equivalent(*inputs, seed=s, similarities=similarities)), inputs
+        )
 
 
-def equivalent(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(lhs, rhs, logit_scale) with the same logits in exact arithmetic and other roundings in any other."""
+def equivalent(
+    lhs: Tensor, rhs: Tensor, logit_scale: Tensor, seed: int, similarities: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lhs, rhs, logit_scale) with the same logits (and similarities) in exact arithmetic and other roundings in any other."""
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(lhs.shape[1], generator=g).to(lhs.device)
     left, right = (2.0 ** (torch.rand(2, generator=g, dtype=torch.float64) - 0.5)).tolist()
+    right = 1 / left if similarities else right
     return left * lhs[:, order], right * rhs[:, order], logit_scale / (left * right)
 
 

@@ -48,6 +48,8 @@ class Problem:
     geometry: str
     strided: bool
     seed: int
+    limits: bool = False
+    bias: bool = False
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -74,8 +76,14 @@ class Problem:
             options["lhs_ids"], options["rhs_ids"] = (
                 torch.randint(-3, self.distinct_ids, (k, self.id_channels), generator=g) for k in (self.n, self.m)
             )
+        lhs, rhs = lhs.to(dtype), rhs.to(dtype)
+        if self.limits:
+            similarity = lhs.double() @ rhs.double().T
+            options["lhs_limit"], options["rhs_limit"] = limits(similarity, dtype), limits(similarity.T, dtype)
+        if self.bias:
+            options["rhs_bias"] = 3 * torch.randn(self.m, generator=g)
         scale = torch.tensor(self.logit_scale, dtype=torch.promote_types(dtype, torch.float32))
-        lhs, rhs = (self._lay_out(x.to(dtype)).to(device).requires_grad_() for x in (lhs, rhs))
+        lhs, rhs = (self._lay_out(x).to(device).requires_grad_() for x in (lhs, rhs))
         return Batch(lhs, rhs, scale.to(device).requires_grad_(), {k: v.to(device) for k, v in options.items()})
 
     def _lay_out(self, x: Tensor) -> Tensor:
@@ -88,6 +96,23 @@ class Problem:
         return view.detach()
 
 
+def limits(similarity: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) a limit a row in the middle of the widest gap of the upper half of its similarities, so that no rounding of `dtype`
+    decides who is above it; +inf where there is no such gap. A one-column row is below or above its limit by turns.
+    """
+    ordered = similarity.sort(dim=1).values
+    if similarity.shape[1] == 1:
+        return (
+            similarity[:, 0]
+            + torch.tensor([1.0, -1.0], dtype=similarity.dtype).repeat(len(similarity))[: len(similarity)]
+        )
+    upper = ordered[:, similarity.shape[1] // 2 - 1 :]
+    gap, k = upper.diff(dim=1).max(dim=1)
+    middle = upper.gather(1, k[:, None])[:, 0] + gap / 2
+    clear = gap > 16 * torch.finfo(dtype).eps * similarity.abs().amax(dim=1)
+    return torch.where(clear, middle, math.inf)
+
+
 @st.composite
 def problems(
     draw: st.DrawFn,
@@ -95,10 +120,12 @@ def problems(
     dims: Sequence[int] = EDGE_DIMS,
     labels: bool = True,
     ids: bool = True,
+    terms: bool = False,
     geometries: Sequence[str] = ("random", "paired", "clustered", "wide"),
     scales: Sequence[float] = (0.0, 1.0, 14.3, 100.0, -10.0),
 ) -> Problem:
-    """Problems over shapes, labels, ids, scales, geometries and strides; restrict any of them by its argument."""
+    """Problems over shapes, labels, ids, limits and biases (`terms`), scales, geometries and strides; restrict any of them by
+    its argument."""
     n, m = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))
     positives = draw(st.sampled_from((None, 0, 1, 3))) if labels else None
     if positives is None:
@@ -115,6 +142,8 @@ def problems(
         geometry=geometry,
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        limits=terms and draw(st.booleans()),
+        bias=terms and draw(st.booleans()),
     )
 
 

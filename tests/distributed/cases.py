@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from gcl_kernels import GCLLoss, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels.pairs import OPTIONAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Cut:
         """A rank's own leaf tensors, and its options."""
         batch, (rows, cols) = self.problem.build(dtype), self.of(rank)
         lhs, rhs = (x.detach()[s].requires_grad_() for x, s in ((batch.lhs, rows), (batch.rhs, cols)))
-        options = {name: x[cols if name == "rhs_ids" else rows] for name, x in batch.options.items()}
+        options = {name: x[cols if OPTIONAL[name][0] == "cols" else rows] for name, x in batch.options.items()}
         return testing.Batch(lhs, rhs, batch.logit_scale.detach().requires_grad_(), options)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from gcl_kernels import gcl_loss, ops
+from gcl_kernels.backends import Need, Want
+from gcl_kernels.pairs import Pairs
 
 from .conftest import DEVICE, INTERPRETED
 
@@ -13,8 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def test_the_operator_passes_opcheck():
     lhs, rhs = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (5, 7))
-    nothing = [None] * 6  # labels, ids, upstream gradients
-    torch.library.opcheck(ops._forward, (lhs, rhs, torch.tensor(2.0, device=DEVICE), *nothing, "11110triton"))
+    pairs = Pairs.of(lhs, rhs, torch.tensor(2.0, device=DEVICE))
+    call = ops.Call(Want(True, True), Need(True, True, False), "triton")
+    torch.library.opcheck(ops._forward, ops.arguments(pairs, None, call))
 
 
 @pytest.mark.parametrize("directions", ["both", "lhs_to_rhs"])

@@ -23,25 +23,31 @@ def forward(pairs: Pairs, want: Want) -> Lines:
 
 
 def backward(
-    pairs: Pairs, statistics: Lines, upstream: Lines, need: Need, *, dtype: torch.dtype | None = None
+    pairs: Pairs,
+    statistics: Lines,
+    upstream: Lines,
+    need: Need,
+    *,
+    joined: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
     """G is formed tile by tile and multiplied by rhs and by lhs."""
-    return gradient_pass(plane_of(pairs), statistics, upstream, need, dtype=dtype)
+    return gradient_pass(plane_of(pairs), statistics, upstream, need, joined=joined, dtype=dtype)
 
 
-def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Lines, Gradients]:
+def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need, *, joined: bool = True) -> tuple[Lines, Gradients]:
     """One direction: a tile holds whole lines, so that their logsumexp is known before the tile is left.
 
     Both directions: the exponentials of as many tiles as the workspace budget holds are stored for the second pass. The others
     are made again.
     """
     if upstream.row is None or upstream.col is None:
-        return one_direction_pass(pairs, upstream, need)
+        return one_direction_pass(pairs, upstream, need, joined)
     plane = plane_of(pairs)
     gradients_bytes = need.lhs * pairs.lhs.nbytes + need.rhs * pairs.rhs.nbytes
     room = tiles_to_store(plane.tile, gradients_bytes, plane.compute) if plane.reads else 0
-    statistics, stored = statistics_pass(plane, Want(True, True), room)
-    return statistics, gradient_pass(plane, statistics, upstream, need, stored)
+    statistics, stored = statistics_pass(plane, Want(True, True, joined), room)
+    return statistics, gradient_pass(plane, statistics, upstream, need, stored, joined=joined)
 
 
 def plane_of(pairs: Pairs) -> Plane:
@@ -61,7 +67,7 @@ def statistics_pass(plane: Plane, want: Want, stored_tiles: int = 0) -> tuple[Li
                 continue
             s2 = plane.negatives(rows, cols, positive)  # the attempt overwrote it
         sums.take(s2, rows, cols)
-    return sums.finish(positive), sums.stored
+    return sums.finish(positive, want.joined), sums.stored
 
 
 def gradient_pass(
@@ -71,13 +77,14 @@ def gradient_pass(
     need: Need,
     stored: Stored | None = None,
     *,
+    joined: bool,
     dtype: torch.dtype | None = None,
 ) -> Gradients:
     upstream, norm = normalized(upstream, plane.operand)
     softmaxes = Softmaxes.of(plane, statistics, upstream)
     # A tile that was not stored may exceed the stored ones' references: it is read against its rows' logsumexp.
     shared = None if stored is None else Shared.of(stored.reference, softmaxes.row, softmaxes.col)
-    entry = positive_entries(plane.pairs.labels, statistics, upstream).to(plane.compute)
+    entry = positive_entries(plane.pairs.labels, statistics, upstream, joined).to(plane.compute)
     totals = Totals.of(plane, need)
     for rows, cols in plane.tiles():
         e = None if stored is None else stored.tiles.pop((rows.start, cols.start), None)
@@ -90,7 +97,7 @@ def gradient_pass(
     return totals.finish(norm, dtype)
 
 
-def one_direction_pass(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Lines, Gradients]:
+def one_direction_pass(pairs: Pairs, upstream: Lines, need: Need, joined: bool) -> tuple[Lines, Gradients]:
     by_row = upstream.row is not None
     device, compute = pairs.lhs.device, compute_dtype(pairs.lhs.dtype)
     plane = Plane.of(pairs, tile_of_whole_lines(pairs.n, pairs.m, by_row, device, compute))
@@ -102,9 +109,10 @@ def one_direction_pass(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Lines
     for rows, cols in plane.tiles():
         s2 = plane.negatives(rows, cols, positive)
         lines = rows if by_row else cols
-        line[lines] = softmax_(s2, dim, plane.positives_of(positive, dim, lines), g_line[lines])
+        of_positives = plane.positives_of(positive, dim, lines) if joined else None
+        line[lines] = softmax_(s2, dim, of_positives, g_line[lines])
         so_far = Lines(line if by_row else None, None if by_row else line, positive.to(plane.statistics) * LN2)
-        plane.write_positives(s2, rows, cols, positive_entries(pairs.labels, so_far, upstream).to(compute))
+        plane.write_positives(s2, rows, cols, positive_entries(pairs.labels, so_far, upstream, joined).to(compute))
         totals.add(s2, rows, cols)
     statistics = Lines(
         line if by_row else None, None if by_row else line, positive.to(plane.statistics, copy=True).mul_(LN2)

@@ -87,13 +87,17 @@ class LogSumExps:
         if self.col is not None and col is not None:
             self.col[cols] = col if rows.start == 0 else torch.logaddexp2(self.col[cols], col)
 
-    def finish(self, positive: Tensor) -> Lines:
-        """With the positives' logits (N, P), which join their lines here; in natural-log units."""
+    def finish(self, positive: Tensor, joined: bool) -> Lines:
+        """With the positives' logits (N, P), which join their lines here if they do; in natural-log units."""
         plane, row, col = self.plane, self.row, self.col
         if row is not None:
-            row = torch.logaddexp2(row, plane.positives_of(positive, 1, slice(0, plane.pairs.n))).mul_(LN2)
+            if joined:
+                row = torch.logaddexp2(row, plane.positives_of(positive, 1, slice(0, plane.pairs.n)))
+            row = row.mul_(LN2)
         if col is not None:
-            col = torch.logaddexp2(col, plane.positives_of(positive, 0, slice(0, plane.pairs.m))).mul_(LN2)
+            if joined:
+                col = torch.logaddexp2(col, plane.positives_of(positive, 0, slice(0, plane.pairs.m)))
+            col = col.mul_(LN2)
         return Lines(row, col, positive.to(plane.statistics, copy=True).mul_(LN2))
 
 
@@ -206,6 +210,8 @@ class Softmaxes:
 
     def gradient_tile_(self, s2: Tensor, rows: slice, cols: slice) -> Tensor:
         """G without its positives, in the place of the logits: g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j)."""
+        if self.plane.pairs.limited:
+            self.clamp_(s2, rows, cols)
         if self.shared is not None:
             reference = None if self.shared.reference is None else self.shared.reference[rows]
             return self.shared.gradient_tile_(self.plane, exp2_against_(s2, reference), rows, cols)
@@ -218,11 +224,23 @@ class Softmaxes:
         by_col = s2.sub_(self.col.reference[cols]).exp2_().mul_(self.col.gain[cols])
         return by_col if by_row is None else by_col.add_(by_row)
 
+    def clamp_(self, s2: Tensor, rows: slice, cols: slice) -> None:
+        """No softmax above 2: a pair that a limit hid from its lines may be seen here, within one rounding.
 
-def softmax_(s2: Tensor, dim: int, positives: Tensor, g: Tensor) -> Tensor:
+        Above 2, since a pair that is alone in its line may exceed the line's logsumexp by a rounding.
+        """
+        if self.row is not None:
+            torch.minimum(s2, self.row.reference[rows, None] + 1, out=s2)
+        if self.col is not None:
+            torch.minimum(s2, self.col.reference[cols] + 1, out=s2)
+
+
+def softmax_(s2: Tensor, dim: int, positives: Tensor | None, g: Tensor) -> Tensor:
     """Turns whole lines of negatives' logits into g * softmax in place; returns their logsumexp (natural), positives included."""
     top, total = exponentials_(s2, dim)
-    lse2 = torch.logaddexp2(top + total.log2(), positives)
+    lse2 = top + total.log2()
+    if positives is not None:
+        lse2 = torch.logaddexp2(lse2, positives)
     gain = g * torch.exp2(top - lse2.masked_fill(lse2 == -math.inf, 0.0))
     s2.mul_(gain.to(s2.dtype).unsqueeze(dim))
     return lse2 * LN2

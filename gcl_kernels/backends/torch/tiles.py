@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ...pairs import Pairs
-from ..base2 import LOG2E, high_and_low
+from ..base2 import high_and_low
 from ..chunks import slices
 from ..contract import statistics_dtype
 from ..positives import positives_by_column, positives_by_row
 from ..products import product
 from ..settings import current, may_read_on_host, workspace_bytes
-from .modify import modify_, prepared
+from ..terms import scale2
+from .modify import modify_, modify_positives_, prepared
 
 # A 1024 x 1024 float32 tile (4 MiB) and its operands stay in a CPU's last-level cache while matrix products of that size still
 # run at the machine's full rate. Accelerators want few launches: chunks as large as the workspace budget allows.
@@ -50,9 +51,9 @@ class Plane:
             rhs = rhs.contiguous()  # once, instead of once a product
         tile = min(tile[0], pairs.n), min(tile[1], pairs.m)
         buffers = lhs.new_empty(tile_numel(*tile), dtype=compute), lhs.new_empty(tile_numel(*tile), dtype=compute)
-        scale2 = high_and_low(pairs.logit_scale.to(statistics_dtype(lhs.device)) * LOG2E, compute)
-        pairs = replace(pairs, rhs=rhs.to(operand), **prepared(pairs))
-        return cls(pairs, scale2, compute, operand, tile, buffers)
+        scale = high_and_low(scale2(pairs), compute)
+        pairs = replace(pairs, rhs=rhs.to(operand), **prepared(pairs, compute))
+        return cls(pairs, scale, compute, operand, tile, buffers)
 
     @property
     def statistics(self) -> torch.dtype:
@@ -126,15 +127,19 @@ class Plane:
         return positives_by_column(labels, positive.to(self.statistics), self.pairs.m)[lines]
 
     def read_positives(self, s2: Tensor, rows: slice, cols: slice, positive: Tensor) -> None:
-        """positive[i, p] = s2[i, t_ip] for the labels inside this tile."""
+        """positive[i, p] = s2[i, t_ip] for the labels inside this tile, with what is added to logits."""
         if self.pairs.labels is None:
             span, diagonal = diagonal_of(s2, rows, cols)
             if diagonal is not None:
                 positive[span, 0] = diagonal
+                modify_positives_(
+                    positive[span, 0], self.pairs, lambda: torch.arange(span.start, span.stop, device=s2.device)
+                )
             return
         inside, index = self.labels_in(rows, cols)
         if inside is not None:
-            positive[rows] = torch.where(inside, s2.gather(1, index), positive[rows])
+            here = modify_positives_(s2.gather(1, index), self.pairs, lambda: index + cols.start)
+            positive[rows] = torch.where(inside, here, positive[rows])
 
     def write_positives(self, target: Tensor, rows: slice, cols: slice, entry: Tensor | None) -> None:
         """target[i, t_ip] = entry[i, p] (-inf for None) for the labels inside this tile, without a host sync."""

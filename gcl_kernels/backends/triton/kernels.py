@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .modify import modify
+from .modify import modify, modify_positive
 from .tiles import (
     column_halves,
     cut,
@@ -92,7 +92,7 @@ def forward_tile(
 
     b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
     if has_label:
-        read_positives(b_s, labels, place, LABELS)
+        read_positives(b_s, terms, labels, place, modify_positive, LABELS)
     b_s = negatives(b_s, terms, labels, place, has_label, LABELS)
     if not EPILOGUE(b_s, out, (stored, strides[2]), tile, place, HALVES, True):
         b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)

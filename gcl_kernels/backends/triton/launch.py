@@ -26,7 +26,7 @@ def forward(pairs: Pairs, want: Want) -> Lines:
     """See `backends.contract`."""
     x = Operands.of(pairs)
     tile = x.tile()
-    chunk = rows_of_partials(x.n, x.m, tile.sides, *want)
+    chunk = rows_of_partials(x.n, x.m, tile.sides, want.row, want.col)
     col_tiles, row_tiles = cdiv(x.m, tile.cols), cdiv(chunk, tile.rows)
     row = Statistics.of(x.lhs, x.n) if want.row else None
     col = Statistics.of(x.lhs, x.m) if want.col else None
@@ -54,9 +54,15 @@ def forward(pairs: Pairs, want: Want) -> Lines:
     positive2 = positive.to(torch.float64)
     row2 = col2 = None
     if row is not None:
-        row2 = torch.logaddexp2(row.logsumexp2(), positives_by_row(pairs.labels, positive2)).mul_(LN2)
+        row2 = row.logsumexp2()
+        if want.joined:
+            row2 = torch.logaddexp2(row2, positives_by_row(pairs.labels, positive2))
+        row2 = row2.mul_(LN2)
     if col is not None:
-        col2 = torch.logaddexp2(col.logsumexp2(), positives_by_column(pairs.labels, positive2, x.m)).mul_(LN2)
+        col2 = col.logsumexp2()
+        if want.joined:
+            col2 = torch.logaddexp2(col2, positives_by_column(pairs.labels, positive2, x.m))
+        col2 = col2.mul_(LN2)
     return Lines(row2, col2, positive2.mul_(LN2))
 
 
@@ -67,7 +73,13 @@ def epilogue(want: Want, tile: TileShape) -> str:
 
 
 def backward(
-    pairs: Pairs, statistics: Lines, upstream: Lines, need: Need, *, dtype: torch.dtype | None = None
+    pairs: Pairs,
+    statistics: Lines,
+    upstream: Lines,
+    need: Need,
+    *,
+    joined: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
     """See `backends.contract`. One chunk of G at a time: dlhs = scale G rhs, drhs = scale G^T lhs, dscale = <G, lhs rhs^T>."""
     x = Operands.of(pairs)
@@ -77,7 +89,7 @@ def backward(
     by_col = None if g.col is None or statistics.col is None else Line.of(statistics.col, g.col, torch.float32)
     row_line, col_line, middle = packed(by_row, by_col)
     # p - 1 is taken in float64
-    entry = padded(positive_entries(pairs.labels, statistics, g).to(torch.float32), 0)
+    entry = padded(positive_entries(pairs.labels, statistics, g, joined).to(torch.float32), 0)
 
     # <G, lhs rhs^T> = <G rhs, lhs> = <G^T lhs, rhs>: the scale's gradient costs O((N + M) D) once either product is there.
     with_lhs = need.lhs or (need.scale and not need.rhs)
@@ -103,7 +115,7 @@ def backward(
                 lines=(from_line(row_line, rows.start), from_line(col_line, cols.start), middle),
                 gradient=x.block(gradient, tile.rows, tile.stored_cols),
                 FITS="one_exponential_is_exact" if middle is not None and tile.one_exponential else None,
-                GRADIENT="gradient",
+                GRADIENT="gradient" if x.sign is None else "clamped_gradient",
                 HALVES=tile.halves,
             )
             gradient = gradient.to(x.lhs.dtype)

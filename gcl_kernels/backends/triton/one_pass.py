@@ -29,6 +29,7 @@ from ..chunks import LINE, cdiv, round_up, slices, whole_lines
 from ..contract import Gradients, Lines, Need
 from ..positives import distinct_positives, positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product
+from ..terms import bias2
 from ..upstream import normalized
 from .operands import Operands, padded
 from .partials import Statistics, empty_parts
@@ -39,7 +40,7 @@ from .run import run, storable
 HEADROOM = 80.0
 
 
-def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Lines, Gradients]:
+def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need, *, joined: bool = True) -> tuple[Lines, Gradients]:
     """See `backends.contract`; for one direction."""
     x = Operands.of(pairs)
     by_row = upstream.row is not None
@@ -60,16 +61,21 @@ def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Li
     positive = x.lhs.new_zeros((x.n, x.positives), dtype=torch.float32)
     norms = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float32) for v in (own, other)]
     reference = x.scale[0].abs() * norms[0] * norms[1].max() - HEADROOM
+    bias = bias2(pairs, torch.float32)
+    if bias is not None:
+        reference += bias.max() if by_row else bias
     for lines in slices(len(own), chunk):
         rows, cols = (lines, slice(0, x.m)) if by_row else (slice(0, x.n), lines)
         e = workspace[: rows.stop - rows.start, : cols.stop - cols.start]
         negatives2, used = store_exponentials(x, (rows, cols), by_row, e, positive, reference[lines])
         positive2 = positive.to(torch.float64)
-        if by_row:
-            of_positives = positives_by_row(None if pairs.labels is None else pairs.labels[lines], positive2[lines])
+        if not joined:
+            line2[lines] = negatives2
+        elif by_row:
+            labels = None if pairs.labels is None else pairs.labels[lines]
+            line2[lines] = torch.logaddexp2(negatives2, positives_by_row(labels, positive2[lines]))
         else:
-            of_positives = positives_by_column(pairs.labels, positive2, x.m)[lines]
-        line2[lines] = torch.logaddexp2(negatives2, of_positives)
+            line2[lines] = torch.logaddexp2(negatives2, positives_by_column(pairs.labels, positive2, x.m)[lines])
         gain = g_line[lines] * torch.exp2(used.to(torch.float64) - line2[lines])
         gain = torch.where(negatives2 == -math.inf, 0.0, gain).to(torch.float32)[:, None]
         e = e.to(x.lhs.dtype) if by_row else e.to(x.lhs.dtype).t()
@@ -82,7 +88,7 @@ def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need) -> tuple[Li
     line, positive = line2.mul_(LN2), positive.to(torch.float64).mul_(LN2)
     statistics = Lines(line, None, positive) if by_row else Lines(None, line, positive)
     d_lhs, d_rhs = (d_own, d_other) if by_row else (d_other, d_own)
-    entry = positive_entries(pairs.labels, statistics, g)
+    entry = positive_entries(pairs.labels, statistics, g, joined)
     entry.masked_fill_(distinct_positives(pairs.labels, positive) == -math.inf, 0.0)
     add_positives(entry, pairs.labels, x, d_lhs, d_rhs)
     dscale = None

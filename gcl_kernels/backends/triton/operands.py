@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...pairs import Pairs
-from ..base2 import LOG2E, Line, high_and_low
+from ..base2 import Line, high_and_low
 from ..chunks import round_up
+from ..terms import bias2, limits2, scale2, sign
 from .config import Config, TileShape, select
 from .run import Block
 
@@ -33,13 +34,14 @@ class Operands:
     labels: Tensor | None  # (N.., P) int32, `padded`; None: row i's positive is column i
     positives: int  # P
     terms: tuple[Term | None, ...]  # `terms_of`
+    sign: Tensor | None  # 0-d float32, that of logit_scale beside limits
     config: Config
     precision: str
 
     @classmethod
     def of(cls, pairs: Pairs) -> Operands:
         precision = input_precision(pairs.lhs.dtype)
-        high, low = high_and_low(pairs.logit_scale.to(torch.float64) * LOG2E, torch.float32)
+        high, low = high_and_low(scale2(pairs), torch.float32)
         return cls(
             operand(pairs.lhs),
             operand(pairs.rhs),
@@ -48,6 +50,7 @@ class Operands:
             None if pairs.labels is None else padded(pairs.labels.to(torch.int32), -1),
             pairs.positives,
             terms_of(pairs),
+            sign(pairs.logit_scale, torch.float32) if pairs.limited else None,
             select(pairs.lhs.device, pairs.lhs.dtype, pairs.d, precision),
             precision,
         )
@@ -72,7 +75,7 @@ class Operands:
             "strides": (lhs.stride(0), rhs.stride(0), 0 if written is None else written.stride(0)),
             "scale": self.scale,
             "p_labels": None if self.labels is None else self.labels[rows.start :],
-            "terms": tuple(None if term is None else in_chunk(term, rows, cols) for term in self.terms),
+            "terms": (*(None if x is None else in_chunk(x, rows, cols) for x in self.terms), self.sign),
             "n": lhs.shape[0],
             "m": rhs.shape[0],
             "d": lhs.shape[1],
@@ -92,7 +95,13 @@ def terms_of(pairs: Pairs) -> tuple[Term | None, ...]:
     ids = None
     if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
         ids = tuple(zip(*compress_ids(pairs.lhs_ids, pairs.rhs_ids), strict=True))
-    return (ids,)
+    limits = {name: padded(x, math.inf) for name, x in limits2(pairs, torch.float32).items()}
+    bias = bias2(pairs, torch.float32)
+    return (
+        ids,
+        ((limits.get("lhs_limit"), limits.get("rhs_limit")),) if limits else None,
+        None if bias is None else ((None, padded(bias, 0)),),
+    )
 
 
 def in_chunk(term: Term, rows: slice, cols: slice) -> Term:

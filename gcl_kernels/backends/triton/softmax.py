@@ -201,6 +201,23 @@ def gradient(b_s, lines, place, FAST: tl.constexpr):
 
 
 @triton.jit
+def clamped_gradient(b_s, lines, place, FAST: tl.constexpr):
+    """`gradient` where no softmax is above 2.
+
+    A pair that a limit hid from its lines may be seen here, within one rounding of the limit. 2 and not 1, since a pair that is
+    alone in its line may exceed the line's logsumexp by a rounding.
+    """
+    row, col = lines[0], lines[1]
+    if row is not None:
+        b_r = tl.load(row[0] + place[0] + tl.arange(0, b_s.shape[0]))
+        b_s = tl.minimum(b_s, b_r[:, None] + 1, propagate_nan=tl.PropagateNan.ALL)
+    if col is not None:
+        b_c = tl.load(col[0] + place[1] + tl.arange(0, b_s.shape[1]))
+        b_s = tl.minimum(b_s, b_c[None, :] + 1, propagate_nan=tl.PropagateNan.ALL)
+    return gradient(b_s, lines, place, FAST)
+
+
+@triton.jit
 def shared_gradient(b_s, lines, place):
     """`gradient_by_line` of both directions from e = exp2(s2 - r_i) alone, which is at most 1 because s2 <= r_i:
 

@@ -207,8 +207,9 @@ def holds_a_label(labels, place, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.conste
 
 
 @triton.jit
-def read_positives(b_s, labels, place, LABELS: tl.constexpr):
-    """value[i, p] = s2[i, t_ip] for the labels in this tile. Each lies in exactly one: no two programs write it."""
+def read_positives(b_s, terms, labels, place, MODIFY: tl.constexpr, LABELS: tl.constexpr):
+    """value[i, p] = s2[i, t_ip] for the labels in this tile, with MODIFY's terms. Each lies in exactly one tile: no two programs
+    write it."""
     i_row, i_col, n, m = place
     p_value = labels[2]
     o_row = i_row + tl.arange(0, b_s.shape[0])
@@ -216,6 +217,7 @@ def read_positives(b_s, labels, place, LABELS: tl.constexpr):
         b_label = label_of(labels, o_row, i_label, LABELS)
         b_positive = pick(b_s, b_label - i_col)
         m_inside = (o_row < n) & (b_label >= i_col) & (b_label < tl.minimum(i_col + b_s.shape[1], m))
+        b_positive = MODIFY(b_positive, terms, b_label, m_inside)
         tl.store(p_value + o_row.to(tl.int64) * LABELS + i_label, b_positive, mask=m_inside)
 
 
