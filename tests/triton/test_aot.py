@@ -13,6 +13,13 @@ from bench import aot
 from bench.aot import table
 from gcl_kernels.backends.triton.config import FAMILIES
 
+# Kernels of which several blocks share a multiprocessor, and a few registers more would make them fewer; all have 8 warps.
+SHARED = {
+    aot.Case(FAMILIES["sm_90"], "backward_tile", torch.bfloat16, 768, "ids"): 2,
+    aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "ids+labels", "tf32"): 3,
+    aot.Case(FAMILIES["sm_100"], "aggregate_forward", torch.float16, 1280, "8 fields"): 4,
+}
+
 # The widest bands of every family in plain training, and on Hopper what the library is tuned for: bands, ids, one direction.
 # The kernels' code does not depend on D but by its band and its remainder.
 CASES = [
@@ -33,6 +40,7 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "aggregate_backward", torch.bfloat16, 768),
     aot.Case(FAMILIES["sm_90"], "aggregate_backward", torch.float32, 1280, "8 fields"),
     aot.Case(FAMILIES["gfx942"], "aggregate_backward", torch.bfloat16, 1280),
+    *SHARED,
 ]
 
 
@@ -61,8 +69,18 @@ def test_hopper_reads_with_tma_and_multiplies_with_wgmma(reports):
 def test_two_small_blocks_share_a_hopper_multiprocessor(reports):
     for kernel in ("forward_tile", "backward_tile"):
         report = reports[f"sm_90 {kernel} fp16 D=256"]
-        assert 2 * report.registers * 32 * report.case.tile.warps <= 65_536
-        assert 2 * (report.shared + 1024) <= 228 * 1024
+        assert fit(report, 2, report.case.tile.warps)
+
+
+@pytest.mark.parametrize(("case", "blocks"), SHARED.items(), ids=str)
+def test_registers_let_as_many_blocks_share_a_multiprocessor(reports, case, blocks):
+    assert fit(reports[str(case)], blocks, 8), aot.line(reports[str(case)])
+
+
+def fit(report, blocks, warps):
+    """On Hopper and Blackwell. Registers are given to a warp in units of 8 a thread."""
+    registers = -(-report.registers // 8) * 8
+    return blocks * registers * 32 * warps <= 65_536 and blocks * (report.shared + 1024) <= 228 * 1024
 
 
 def test_every_input_of_the_field_kernels_is_read_once_and_sixteen_bytes_at_a_time(reports):

@@ -36,7 +36,11 @@ def aggregate_fields_backward(
 
 
 def arguments(fields: Sequence[Tensor], mask: Tensor | None, mean: Mean, inverse_norms: Tensor) -> dict[str, Any]:
-    """What both kernels take, and how many programs. A mask that is not there is stood in for by `inverse_norms`."""
+    """What both kernels take, and how many programs. `inverse_norms` stands in for a mask that is not there.
+
+    Its strides too: with (0, 0) instead, 8 float16 fields take 69 registers on sm_100, not 64, and three blocks share an SM,
+    not four. The weights come next among a kernel's arguments, and where they lie decides how many are loaded at a time.
+    """
     n, d = fields[0].shape
     if not fields_fit(len(fields), d):
         limits = " or ".join(f"{most} fields of D <= {widest}" for most, widest in FIELDS_AND_WIDTH)
@@ -44,15 +48,16 @@ def arguments(fields: Sequence[Tensor], mask: Tensor | None, mean: Mean, inverse
             f"fields: expected at most {limits} for backend 'triton', got {len(fields)} of D = {d}; backend 'torch' takes them"
         )
     block = row_block(d, lanes=64 if torch.version.hip else 32)
+    mask_or_other = inverse_norms if mask is None else mask
     return {
         "programs": cdiv(n, block.rows),
         "fields": tuple(fields),
-        "p_mask": inverse_norms if mask is None else mask,
+        "p_mask": mask_or_other,
         "p_inverse_norms": inverse_norms,
         "n": n,
         "d": d,
         "strides": tuple(x.stride() for x in fields),
-        "mask_strides": (0, 0) if mask is None else mask.stride(),
+        "mask_strides": mask_or_other.stride(),
         "weights": tuple(mean.weights),
         "HAS_MASK": mask is not None,
         "NORMALIZE_FIELDS": mean.normalize_fields,

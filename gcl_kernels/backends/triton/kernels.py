@@ -45,8 +45,9 @@ def negatives(b_s, terms, labels, place, has_label, LABELS: tl.constexpr):
     negatives, and they are its loss.
     """
     i_row, i_col, n, m = place
-    # Made here, not where it is used: it stands between this `if has_label` and the one that read the positives. Without it
-    # the compiler joins the two and holds the comparisons of the first for the second: 187 registers instead of 128 on sm_90.
+    # This line stands before `if has_label`, because it then separates it from the caller's `if has_label`, which reads the
+    # positives. With nothing between the two, the compiler makes one branch of them and keeps the label comparisons of the
+    # first in registers for the second: 187 registers instead of 128 on sm_90 at D <= 256, and so one block an SM, not two.
     o_row = i_row + tl.arange(0, b_s.shape[0])
     b_s = modify(b_s, terms, place)
     if has_label:

@@ -7,8 +7,10 @@
 Logits are in base 2, `s2 = s log2(e)`, because exp2 is what the hardware has. Both passes need a tile's softmax by rows and by
 columns, and take both from one exponential a logit. If that would be inexact for a tile, which one scalar says, the kernel makes
 its logits again and uses two. Keeping the logits instead would cost registers in every tile, and this branch is rare. So an
-epilogue is asked with FAST first and writes nothing where it returns that it is not exact; the kernel then
-makes the logits again and asks without FAST.
+epilogue is asked with FAST first; where it returns that it is not exact, the kernel makes the logits again and asks without.
+An inexact answer has written nothing to `out`. `one_direction_stored` has then stored the tile's exponentials all the same, which
+does no harm: they are relative to a reference that was given, the same for both forms, so that the second form need not store
+them again; and `one_pass` makes a chunk again if that reference is too far from one of its lines.
 
     out     pointers to float32, written at [tile, line]: the (max, sum of exponentials) of the tile's rows and of its columns
     target  (matrix, stride): where the exponentials themselves are stored, if they are (`one_pass`)
