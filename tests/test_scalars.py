@@ -48,10 +48,8 @@ def test_every_kind_of_number_is_a_bias_that_cancels(number):
         assert gradient == 0
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(
-    "number", [2, 2.0, np.float32(2), np.float64(2), np.array(2.0), torch.tensor([2.0]), nn.Parameter(torch.tensor(2.0))], ids=of
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["gcl_loss", "ClipLoss"])
+@pytest.mark.parametrize("number", [2, np.float32(2), np.array(2.0), nn.Parameter(torch.tensor(2.0))], ids=of)
 def test_compiled_without_a_break(name, number):
     torch._dynamo.reset()
     call = (lambda x, s: ClipLoss()(x, Y, s, s)) if name == "ClipLoss" else CALLS[name]
