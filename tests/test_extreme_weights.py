@@ -77,6 +77,19 @@ def test_weights_that_are_all_zero_have_no_gradient(directions, reduction):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs", "rhs_to_lhs"])
+@pytest.mark.parametrize("scale", [2.0**12, 2.0**16, 2.0**20])
+def test_a_grad_scaler_lifts_gradients_in_float16_out_of_its_subnormals(directions, scale):
+    def gradient(loss, dtype, factor):
+        x = X.half().to(dtype).requires_grad_()
+        value = loss(x, Y.half().to(dtype), 2.0, weights=1e-5 * WEIGHTS, directions=directions)
+        return torch.autograd.grad(factor * value, x)[0].double() / factor
+
+    expected = gradient(dense_loss, torch.float64, 1.0)
+    assert expected.abs().max() < torch.finfo(torch.float16).tiny
+    assert testing.relative_error(gradient(gcl_loss, torch.float16, scale), expected) < 1e-3
+
+
 def test_small_upstream_gradients_are_lifted_for_float32_on_the_cpu_only_where_they_are_small():
     lines = backends.Lines(torch.tensor([1e-30, 0.0], dtype=torch.float64), None, None)
     lifted, norm = backends.upstream.normalized(lines, torch.float32)
