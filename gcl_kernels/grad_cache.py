@@ -49,12 +49,13 @@ def cached(encoder: Callable[..., Any], micro_batch_size: int) -> Callable[..., 
     the last micro-batch, once a call. What trains must then come out of its `forward`, `logit_scale` included, as with
     open_clip's models; several fields or towers are best encoded by one module in one call.
 
-    A layer that looks at its whole batch (BatchNorm) sees micro-batches. Its buffers end as after one encoding of each: the
-    second encoding starts from the buffers of the first, and what it writes is undone. So it is for every buffer, and every
-    number among the attributes, of the modules that are found through the arguments or `encoder`: itself, a bound method,
-    `functools.partial`, a closure, the globals that a function names. Other state is not looked for. Where that changes what is
-    encoded, or random numbers that are not torch's do, or parameters that change between forward and backward, the second
-    encoding differs from the first, which is an error.
+    A row's result is to depend on that row alone: what compares rows, like the logits of a whole CLIP model, compares those of a
+    micro-batch. A layer that looks at its whole batch (BatchNorm) sees micro-batches. Its buffers end as after one encoding
+    of each: the second encoding starts from the buffers of the first, and what it writes is undone. So it is for every
+    buffer, and every number among the attributes, of the modules that are found through the arguments or `encoder`: itself, a
+    bound method, `functools.partial`, a closure, the globals that a function names. Other state is not looked for. Where that
+    changes what is encoded, or random numbers that are not torch's do, or parameters that change between forward and backward,
+    the second encoding differs from the first, which is an error.
 
     Raises:
         TypeError, ValueError: when called, naming the argument or the place in the result: batch sizes that differ, an argument

@@ -102,7 +102,9 @@ def join(parts: list[Any], counts: list[int], path: str, whole: list[Tensor]) ->
     if isinstance(first, (set, frozenset)) and all(is_plain(v) for part in parts for v in part):
         return _same(parts, path)
     if inside[0] is None:
-        raise TypeError(f"{path}: expected {KNOWN} from encoder, got {type(first).__name__}")
+        raise TypeError(
+            f"{path}: expected {KNOWN} from encoder, got {type(first).__name__}; return what the loss needs alone"
+        )
     if type(first) in (list, tuple) and all(is_plain(v) for part in parts for _, v in leaves(part, "")):
         if [len(part) for part in parts] == counts:
             return type(first)(value for part in parts for value in part)
@@ -123,6 +125,9 @@ def _join_rows(parts: list[Any], counts: list[int], path: str) -> Any:
             raise ValueError(
                 f"{path}: expected ({count}, ...) from encoder for a micro-batch of {count}, got {tuple(x.shape)}"
             )
+    if any(x.shape[1:] != parts[0].shape[1:] or x.ndim != parts[0].ndim for x in parts):
+        shapes = ", ".join(dict.fromkeys(str(tuple(x.shape)) for x in parts))
+        raise ValueError(f"{path}: expected rows of one shape from encoder for every micro-batch, got {shapes}")
     first = parts[0]
     if not isinstance(first, Tensor):
         if first.dtype.hasobject and not all(is_plain(value) for part in parts for value in part.flat):

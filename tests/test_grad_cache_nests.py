@@ -200,6 +200,12 @@ def test_results_that_change_their_form_are_refused():
         grad_cache.cached(lambda x: x.to_sparse(), 5)(X)
 
 
+@pytest.mark.parametrize("of", [lambda x: x @ x.T, lambda x: x[:, : len(x)].numpy()])
+def test_rows_whose_shape_depends_on_the_micro_batch_are_refused(of):
+    with pytest.raises(ValueError, match=r"^result\[1\]: expected rows of one shape .*, got \(5, 5\), \(4, 4\)"):
+        grad_cache.cached(lambda x: (x, of(x)), 5)(X)
+
+
 def test_complex_results_have_gradients():
     model = layer()
     g = torch.fft.fft(G.to(torch.complex128))
