@@ -11,7 +11,9 @@ from . import distributed
 from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .losses import gcl_loss
+from .pairs import Pairs
 from .types import signature_of
+from .validation import check_scale, check_tensor
 
 
 class ClipLoss(nn.Module):
@@ -31,6 +33,9 @@ class ClipLoss(nn.Module):
     batch would. The default divides the features' gradient, but not logit_scale's, by world. `gcl_loss(..., process_group=)`
     trains as True, True does at 8 / world, and takes a ring.
 
+    Ranks may have unequal numbers of rows, which open_clip's loss does not allow. L_r is then world / (all ranks' N) times the
+    sum over the rank's rows, so that the mean over ranks is L still.
+
     Args:
         local_loss: see the table.
         gather_with_grad: see the table.
@@ -38,6 +43,9 @@ class ClipLoss(nn.Module):
         rank: of this process in the default group.
         world_size: of the default group.
         use_horovod: refused where True.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; with `world_size > 1` on every rank.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -80,7 +88,7 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         *,
         output_dict: Literal[True],
     ) -> dict[str, Tensor]: ...
@@ -91,7 +99,7 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]: ...
 
@@ -100,7 +108,7 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """CLIP's symmetric cross-entropy of (N, D) features, float32 (float64 for float64 features).
@@ -109,20 +117,31 @@ class ClipLoss(nn.Module):
             image_features: (N, D), used as given.
             text_features: (N, D), used as given.
             logit_scale: 1 / temperature: a float or a one-element tensor, which may need a gradient.
-            logit_bias: cancels in a softmax; it is accepted and gets the gradient 0.
+            logit_bias: a float or a one-element tensor; it cancels in a softmax, and gets the gradient 0.
             output_dict: True returns `{"contrastive_loss": loss}`.
         """
         refuse_forward_mode("ClipLoss", image_features, text_features, logit_scale, logit_bias)
         group = None if self.world_size == 1 else torch.distributed.group.WORLD
-        image_features = local_tensor("image_features", image_features, group)
-        text_features = local_tensor("text_features", text_features, group)
-        logit_scale = local_tensor("logit_scale", logit_scale, group)
+        with distributed.shared_failure(group):
+            image_features = local_tensor("image_features", image_features, group)
+            text_features = local_tensor("text_features", text_features, group)
+            logit_scale = local_tensor("logit_scale", logit_scale, group)
+            logit_bias = local_tensor("logit_bias", logit_bias, group)
+            check_tensor("image_features", image_features, (2,))
+            check_tensor("text_features", text_features, (2,))
+            if len(image_features) != len(text_features):
+                raise ValueError(
+                    f"text_features: expected {len(image_features)} rows, as image_features has, got {len(text_features)}"
+                )
+            bias = None if logit_bias is None else check_scale(logit_bias, image_features, "logit_bias")
+            if self.world_size > 1:
+                self._check_group()
         if self.world_size == 1:
             loss = gcl_loss(image_features, text_features, logit_scale)
         else:
             loss = self._distributed(image_features, text_features, logit_scale)
-        if logit_bias is not None:
-            loss = loss + 0.0 * logit_bias.sum()
+        if bias is not None:
+            loss = loss + 0.0 * bias
         return {"contrastive_loss": loss} if output_dict else loss
 
     if TYPE_CHECKING:  # nn.Module's own is typed as returning anything
@@ -130,15 +149,31 @@ class ClipLoss(nn.Module):
         @signature_of(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+    def _check_group(self) -> None:
+        for name, actual in (
+            ("world_size", torch.distributed.get_world_size()),
+            ("rank", torch.distributed.get_rank()),
+        ):
+            if getattr(self, name) != actual:
+                raise ValueError(
+                    f"{name}: expected {actual}, as in the default process group, got {getattr(self, name)}"
+                )
+
     def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         if not self.local_loss:
             return self._loss_of_all(image_features, text_features, logit_scale)
-        all_images, all_texts = self._gather(image_features), self._gather(text_features)
-        n = image_features.shape[0]
-        labels = torch.arange(n, device=image_features.device) + self.rank * n
+        group = torch.distributed.group.WORLD
+        with distributed.shared_failure(group):
+            pairs = Pairs.of(image_features, text_features, logit_scale, distributed=True)
+        alike = {"local_loss": True, "gather_with_grad": self.gather_with_grad}
+        ranks = distributed.agree(group, "all_gather", pairs, logit_scale, alike)
+        # others' features have a gradient only under `gather_with_grad`, as in open_clip
+        mine = (x if self.gather_with_grad else x.detach() for x in (image_features, text_features))
+        all_images, all_texts = (ranks.all_columns(x, "features") for x in mine)
+        labels = torch.arange(pairs.n, device=image_features.device) + ranks.first_column
         images = gcl_loss(image_features, all_texts, logit_scale, labels=labels, directions="lhs_to_rhs")
         texts = gcl_loss(text_features, all_images, logit_scale, labels=labels, directions="lhs_to_rhs")
-        return (images + texts) / 2
+        return pairs.n * ranks.world / ranks.n * (images + texts) / 2
 
     def _loss_of_all(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         """Each rank's rows once, then the sum: what every rank of open_clip works out for itself."""
@@ -149,8 +184,3 @@ class ClipLoss(nn.Module):
             logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
         share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
         return distributed.sum_values(share, copies, group)
-
-    def _gather(self, features: Tensor) -> Tensor:
-        """(world_size * N, D), of `local_loss`; it has a gradient only under `gather_with_grad`, as in open_clip."""
-        mine = features if self.gather_with_grad else features.detach()
-        return distributed.all_rows(mine, (len(mine),) * self.world_size, torch.distributed.group.WORLD, "features")

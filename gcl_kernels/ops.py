@@ -192,8 +192,11 @@ def _common_factor(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
         if actual is None or known is None:
             continue
         if factor is None:
-            square = (known * known).sum()
-            factor = (actual * known).sum() / torch.where(square > 0, square, 1.0)
+            # relative to the largest, whose square is 1: the squares of small numbers underflow, those of large ones overflow
+            largest = known.abs().max()
+            largest = torch.where(largest > 0, largest, 1.0)
+            direction = known / largest
+            factor = (actual / largest * direction).sum() / (direction * direction).sum().clamp(min=0.5)
         if debug() and not torch.allclose(actual, factor * known, equal_nan=True):
             raise RuntimeError("known_upstream: expected gradients proportional to those known beforehand, got others")
     assert factor is not None

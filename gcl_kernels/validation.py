@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends.settings import debug
+
+try:
+    import numpy
+except ImportError:  # the library does without
+    NUMPY = ()
+else:
+    NUMPY = (numpy.ndarray, numpy.generic)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -44,21 +52,29 @@ def check_pair(lhs: Tensor, rhs: Tensor) -> None:
     check_device("rhs", rhs, lhs.device)
 
 
-def check_scale(logit_scale: Tensor | float, lhs: Tensor) -> Tensor:
-    """logit_scale as a 0-d tensor on lhs's device, float64 for float64 inputs and float32 otherwise."""
+def check_scale(value: Any, lhs: Tensor, name: str = "logit_scale") -> Tensor:
+    """A number, or the one element of a tensor or numpy array, 0-d on lhs's device: float64 beside float64, else float32."""
     kind = torch.float64 if lhs.dtype == torch.float64 else torch.float32
-    if isinstance(logit_scale, Tensor):
-        if not logit_scale.is_floating_point():
-            raise TypeError(f"logit_scale: expected a float or a floating-point tensor, got {logit_scale.dtype}")
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale: expected one element, got shape {tuple(logit_scale.shape)}")
-        check_device("logit_scale", logit_scale, lhs.device)
-        return logit_scale.reshape(()).to(kind)
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
-        raise TypeError(f"logit_scale: expected a float or a tensor of one element, got {type(logit_scale).__name__}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    return torch.full((), float(logit_scale), dtype=kind, device=lhs.device)
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a float or a floating-point tensor, got {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
+        check_device(name, value, lhs.device)
+        return value.reshape(()).to(kind)
+    if isinstance(value, NUMPY):
+        if torch.compiler.is_compiling():  # a number that is not known yet, and a tensor in the graph
+            number = torch.as_tensor(value)
+            return check_scale(number if number.dtype == torch.bool else number.to(lhs.device, kind), lhs, name)
+        if value.size != 1:
+            raise ValueError(f"{name}: expected one element, got shape {value.shape}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float or a tensor of one element, got {type(value).__name__}")
+    if not abs(value) <= torch.finfo(kind).max:
+        among = f" in {str(kind).removeprefix('torch.')}" if value == value and abs(value) != math.inf else ""
+        raise ValueError(f"{name}: expected a finite number{among}, got {value}")
+    return torch.full((), float(value), dtype=kind, device=lhs.device)
 
 
 def as_labels(name: str, labels: Tensor, n: int, lhs: Tensor) -> Tensor:

@@ -101,10 +101,13 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _torch_one_pass(n: int, m: int, want: Want, device: torch.device, dtype: torch.dtype) -> bool:
-    """One direction always; both on a CPU where the budget holds an eighth of the N x M plane or more.
+    """In dtypes with float32's range: one direction always; both on a CPU where the budget holds an eighth of the N x M plane or
+    more, since a smaller part would save only a few percent.
 
-    A smaller part would save only a few percent.
+    float16 would round a gradient to its subnormals before the factor of a GradScaler, which comes with the backward, lifts it.
     """
+    if dtype == torch.float16:
+        return False
     return not want.both or (may_read_on_host(device) and 4 * n * m <= 8 * workspace_bytes())
 
 

@@ -55,9 +55,9 @@ class Ranks:
     def first_column(self) -> int:
         return self.columns(self.rank).start
 
-    def all_columns(self, x: Tensor) -> Tensor:
+    def all_columns(self, x: Tensor, what: str = "a statistic") -> Tensor:
         """(M, ...) of every rank's x (cols[rank], ...), in rank order; differentiable, every rank's use of it counted."""
-        return all_rows(x, self.cols, self.group, "a statistic")
+        return all_rows(x, self.cols, self.group, what)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x, alike in shape, over ranks; differentiable, every rank's use of it counted."""

@@ -32,7 +32,7 @@ from gcl_kernels.training.encode import FieldEncoder, Inputs, TwoTower
 from gcl_kernels.training.errors import DataError, EmptyError, InputError
 from gcl_kernels.training.files import write_json_atomically
 from gcl_kernels.training.memory import peak_memory, reset_peak_memory
-from gcl_kernels.training.openclip import create_model
+from gcl_kernels.training.openclip import create_model, hold_frozen
 from gcl_kernels.training.options import weighting
 from gcl_kernels.training.ranking import (
     Corpus,
@@ -154,6 +154,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
             model.logit_scale.fill_(math.log(args.logit_scale))
     locked = {kind for kind, lock in (("img", args.lock_image), ("txt", args.lock_text)) if lock}
     freeze_all_but(model, {*left_kinds.values(), *right_kinds.values()} - locked)
+    hold_frozen(model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.torchcompile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import types
@@ -114,6 +115,41 @@ def test_a_hugging_face_text_tower_from_a_folder(tmp_path):
     tokens = tokenizer(["left arrow", "alpha"])
     assert tokens.tolist() == [[2, 5, 6, 3, 0, 0], [2, 7, 3, 0, 0, 0]]
     assert model.encode_text(tokens).shape == (2, 16)
+
+
+def test_what_is_frozen_stays_in_evaluation_mode():
+    model = torch.nn.ModuleDict(
+        {
+            "locked": torch.nn.Sequential(
+                torch.nn.Linear(3, 3),
+                torch.nn.BatchNorm1d(3),
+                torch.nn.BatchNorm1d(3, affine=False),
+                torch.nn.Dropout(),
+            ),
+            "partly": torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)),
+            "no weights": torch.nn.Dropout(),
+        }
+    )
+    model["locked"].requires_grad_(False)
+    model["partly"][1].requires_grad_(False)
+    openclip.hold_frozen(model)
+    copied = copy.deepcopy(model)
+    for some in (model, copied):
+        some.train()
+        modes = {name: module.training for name, module in some.named_modules()}
+        assert {name for name, mode in modes.items() if not mode} == {
+            "locked",
+            "partly.1",
+            *(f"locked.{k}" for k in range(4)),
+        }
+        before = copy.deepcopy(some["locked"].state_dict())
+        x = torch.randn(5, 3)
+        assert some["locked"](x).equal(some["locked"](x))
+        torch.testing.assert_close(some["locked"].state_dict(), before, rtol=0, atol=0)
+        some.eval()
+        assert not any(module.training for module in some.modules())
+    copied["locked"].eval().train()
+    assert copied["locked"].train() is copied["locked"]
 
 
 def test_nothing_is_declared_beside_a_torchvision_that_loads(monkeypatch):

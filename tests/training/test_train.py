@@ -285,6 +285,28 @@ def test_a_locked_tower_and_one_without_a_field_do_not_train(pairs_file):
         assert in_optimizer == len(first) - len(frozen)
 
 
+@pytest.mark.parametrize("options", [[], ["--mini-batch-size=4"]])
+def test_a_locked_tower_s_running_statistics_do_not_change(pairs_file, options):
+    """Of a ResNet; without the lock they do."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "patch_size": None}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    model = pairs_file.parent / "Tiny-ResNet.json"
+    model.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+
+    def changed(name, *more):
+        arguments = f"--model={model}", "--save-steps=1", "--lr=1e-3", *options, *more
+        path = run(pairs_file, "--steps=3", *arguments, name=name).checkpoint
+        states = [
+            torch.load(path.with_name(file), weights_only=True)["state_dict"] for file in ("epoch_1.pt", path.name)
+        ]
+        return {name for name, value in states[0].items() if not value.equal(states[1][name])}
+
+    locked, free = changed("locked", "--lock-image"), changed("free")
+    assert not {name for name in locked if name.startswith("visual.")}
+    assert any(name.startswith("transformer.") for name in locked)
+    assert {"visual.bn1.running_mean", "visual.bn1.num_batches_tracked", "visual.conv1.weight"} <= free
+
+
 def test_the_bias_of_another_loss_does_not_train():
     """Models for a sigmoid loss have one; no gradient reaches it, and processes would wait for it."""
     model = import_open_clip().CLIP(
