@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gcl_kernels.training.data.faults import quoted
+from gcl_kernels.training.data.faults import quoted, reason
 from gcl_kernels.training.data.streams import SpecialFileError, open_plain
 from gcl_kernels.training.errors import InputError
 
@@ -22,6 +22,8 @@ MOST_PIXELS = 89_478_485
 
 # Pillow warns of pictures above its limit and refuses those above twice that; here it is a fault of the picture.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# What Pillow remarks about damaged notes beside the pixels is nothing to act on.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 REFUSED_FORMATS = {"EPS"}
 """Formats for which Pillow runs another program."""
@@ -39,6 +41,10 @@ class ImageError(InputError):
     """An image that cannot be used; the message says why and names it."""
 
 
+class UnknownRangeError(ValueError):
+    """Pixels of which nothing says what black and white are."""
+
+
 def load_image(path: str | Path) -> Image.Image:
     """Open an image as RGB, 8 bits a channel; what is transparent becomes white, as on a page.
 
@@ -52,16 +58,22 @@ def load_image(path: str | Path) -> Image.Image:
     """
     name = str(path)
     try:
-        with _opened(name) as source, Image.open(source, formats=_formats()) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise Image.DecompressionBombError
-            return _rgb(image)
-    except ImageError:
-        raise
-    except SpecialFileError as error:
-        raise ImageError(f"{error.strerror} in place of a file, {quoted(name)}") from None
+        source = _opened(name)
     except FileNotFoundError:
         raise ImageError(_no_file(name)) from None
+    except SpecialFileError as error:
+        raise ImageError(f"{error.strerror} in place of a file, {quoted(name)}") from None
+    except OSError as error:
+        raise ImageError(f"a file that cannot be opened ({reason(error)}), {quoted(name)}") from None
+    try:
+        with source, Image.open(source, formats=_formats()) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format == "JPEG2000" and not _has_end(source):
+                raise EOFError
+            return _rgb(image)
+    except UnknownRangeError as error:
+        raise ImageError(f"pixels of mode '{error}' whose range is not known, {quoted(name)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"a picture of more than {MOST_PIXELS:,} pixels, {quoted(name)}") from None
     except Exception:
@@ -125,7 +137,7 @@ def _opened(path: str) -> Any:
     archive, start, size = part
     with open_plain(archive) as file:
         if start + size > file.seek(0, 2):
-            raise EOFError
+            raise OSError(0, "fewer bytes than that")
         file.seek(start)
         return BytesIO(file.read(size))
 
@@ -140,7 +152,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _grey(image).convert("RGB")
     if image.mode not in EIGHT_BITS:
-        raise ImageError(f"pixels of the mode '{image.mode}', which are not converted, in {quoted(_name(image))}")
+        raise UnknownRangeError(image.mode)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -158,7 +170,7 @@ def _grey(image: Image.Image) -> Image.Image:
     elif image.mode == "F" and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1:
         top = 1
     else:
-        raise ImageError(f"pixels of the mode '{image.mode}' whose range is not known, in {quoted(_name(image))}")
+        raise UnknownRangeError(image.mode)
     scaled = np.rint(values.astype(np.float32) * np.float32(255 / top)).clip(0, 255).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 255 - scaled
@@ -168,5 +180,7 @@ def _grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled)
 
 
-def _name(image: Any) -> str:
-    return str(getattr(image, "filename", "") or getattr(image.fp, "name", "") or "a tar file")
+def _has_end(source: Any) -> bool:
+    """Whether JPEG 2000 has its closing mark, which its data never contain; its decoder does not ask for it."""
+    source.seek(0)
+    return b"\xff\xd9" in source.read()
