@@ -44,6 +44,7 @@ def titles(path, **options):
         (["nan", "None", "null", "x" * 200_000], ["nan", "None", "null", "x" * 200_000]),
         (["\0", "a\nb", "é"], ["\0", "a\nb", "é"]),
     ],
+    ids=["null", "floats", "integers", "words", "characters"],
 )
 def test_texts_and_numbers_are_the_same_from_every_type(tmp_path, values, texts):
     assert titles_of_samples(tmp_path, values)[1:] == texts
@@ -134,6 +135,7 @@ def test_ids_of_documents_follow_the_rules_of_text(tmp_path):
         ('{"1": {"title": "A"}}\n{"2": {}}', ", line 2: expected JSON, got 'Extra data'"),
         ('{"1": 5}', ", line 1: expected a JSON object {document id: {field: value}}, got another structure"),
     ],
+    ids=["no document", "no such field", "repeated", "long number", "deep", "empty", "lines", "structure"],
 )  # fmt: skip
 def test_documents_of_another_form_are_refused_in_one_line(tmp_path, content, fault):
     path = tmp_path / "corpus.json"
