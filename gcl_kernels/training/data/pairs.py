@@ -136,12 +136,12 @@ class PairFile:
         scores, queries, documents = array("d"), array("q"), array("q")
         images = ImageCheck(check_images)
         found_rows = False
-        for where, values, fault, folder, place, count in self._rows(str(path), dataset_type, separator):
+        for where, values, fault, folder, place in self._rows(str(path), dataset_type, separator):
             found_rows = True
             row, faults = ({}, [fault]) if fault else self._texts(values, folder)
             faults = faults or _row_faults(row, columns, folder, images)
             if faults:
-                self.bad_count += count
+                self.bad_count += 1
                 if len(self.bad_rows) < LINES_SHOWN:
                     self.bad_rows.append(one_line(f"{where}: {'; '.join(faults)}"))
                 continue

@@ -62,10 +62,8 @@ def parquet_rows(path: Path, names: list[str]) -> Iterator[Row]:
                 fault = "fewer rows than its group has"
             except Exception as error:
                 fault = reason(error)
-            if done < size:
-                first, last = before + done + 1, before + size
-                where = f"{path}, row {first}" if first == last else f"{path}, rows {first} to {last}"
-                yield Row(where, {}, f"expected readable pages, got {fault}", folder, count=size - done)
+            for number in range(done + 1, size + 1):
+                yield Row(f"{path}, row {before + number}", {}, f"expected readable pages, got {fault}", folder)
             before += size
 
 

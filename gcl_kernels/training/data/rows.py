@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One row, or the fault in place of one or more.
+    """One row, or the fault in its place.
 
     Args:
         where: the file and the line, row or sample, in words.
@@ -15,7 +15,6 @@ class Row(NamedTuple):
         fault: what is wrong with the row; a fault of the file beyond its last row counts as one.
         folder: what relative image paths start from.
         place: the row's first byte and their number in the file itself, where it can be read again.
-        count: rows that the fault stands for.
     """
 
     where: str
@@ -23,4 +22,3 @@ class Row(NamedTuple):
     fault: str | None
     folder: str
     place: tuple[int, int] | None = None
-    count: int = 1
