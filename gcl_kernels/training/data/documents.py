@@ -24,8 +24,7 @@ def read_documents(
     `skip_bad_rows`, which leaves them out.
 
     Raises:
-        DataError: a missing file, text that is no JSON (with its line), another structure, no document at all, a field that
-            no document has; and, unless they are skipped, bad documents: a value that is neither text nor a number, text or
+        DataError: a missing file, text that is no JSON (with its line), another structure, a field that no document has; and, unless they are skipped, bad documents: a value that is neither text nor a number, text or
             an id that UTF-8 cannot hold, an empty id, a named field that comes twice, an unreadable image.
     """
     path = Path(path)
@@ -44,8 +43,6 @@ def read_documents(
         raise DataError(
             f"{name}, line 1: expected a JSON object {{document id: {{field: value}}}}, got another structure"
         )
-    if not content:
-        raise DataError(f"{name}: expected at least one document, got none")
 
     folder = str(path.parent.resolve())
     images = ImageCheck(check_images)
@@ -76,12 +73,12 @@ def read_documents(
     if bad and not skip_bad_rows:
         raise DataError("\n".join(shown(bad, bad_count)))
     for field in fields:
-        if field not in seen:
+        if content and field not in seen:
             found = list(dict.fromkeys(key for document in content.values() for key in document))
             raise DataError(
                 f"{name}: expected a field '{field}' in at least one document, got the fields {listed(found)}"
             )
-    if not documents:
+    if content and not documents:
         raise DataError("\n".join([f"{name}: expected at least one good document, got none", *shown(bad, bad_count)]))
     if bad:
         print(f"{name}: {bad_count} bad documents skipped:", *shown(bad, bad_count), sep="\n  ")
