@@ -24,8 +24,9 @@ def read_documents(
     `skip_bad_rows`, which leaves them out.
 
     Raises:
-        DataError: a missing file, text that is no JSON (with its line), another structure, a field that no document has; and, unless they are skipped, bad documents: a value that is neither text nor a number, text or
-            an id that UTF-8 cannot hold, an empty id, a named field that comes twice, an unreadable image.
+        DataError: a missing file, text that is no JSON (with its line), another structure, a field that no document has;
+            and, unless they are skipped, bad documents: a value that is neither text nor a number, text or an id that UTF-8
+            cannot hold, an empty id, a named field that comes twice, an unreadable image.
     """
     path = Path(path)
     name = one_line(str(path))
