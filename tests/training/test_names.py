@@ -246,3 +246,25 @@ def test_the_files_of_a_name_and_their_type(tmp_path):
     assert files_of(tmp_path) == ([tmp_path / "a.TSV"], "csv")
     assert files_of("b.tar.gz")[1] == files_of("b.tgz")[1] == "webdataset"
     assert files_of("none", "parquet")[1] == "parquet"
+
+
+def test_folders_whose_names_are_no_utf8(tmp_path):
+    for name in (b"a\xff", b"b"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        with open(os.path.join(folder, b"pairs.csv"), "w") as file:
+            file.write("query,image,score\nq,1.png,1\n")
+    pairs = read_pairs(
+        f"{tmp_path}/*/pairs.csv", LEFT, {"image": "img"}, "score", check_images="none", skip_bad_rows=True
+    )
+    assert pairs.right["image"] == [f"{tmp_path}/b/1.png"]
+    assert pairs.bad_rows == [
+        f"{tmp_path}/a\\udcff/pairs.csv, line 2: expected UTF-8 text, got the byte 0xff, 'ÿ' in Latin-1"
+    ]
+
+
+@pytest.mark.parametrize("separator", ["", ",,", '"', "\n", "\0"])
+def test_a_separator_is_one_character(tmp_path, separator):
+    write_csv(tmp_path / "a.csv", [row("A")])
+    with pytest.raises(ValueError, match="expected one character that separates cells, no quote or line end, got '"):
+        titles(tmp_path / "a.csv", separator=separator)

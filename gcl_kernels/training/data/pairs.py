@@ -25,7 +25,7 @@ from gcl_kernels.training.data.parquet import parquet_rows
 from gcl_kernels.training.data.rows import Row
 from gcl_kernels.training.data.streams import open_plain
 from gcl_kernels.training.data.tables import Table, separator_of
-from gcl_kernels.training.data.values import image_path, number_of, score_fault, texts_of
+from gcl_kernels.training.data.values import image_path, number_of, score_fault, texts_of, utf8_fault
 from gcl_kernels.training.data.webdataset import Samples
 from gcl_kernels.training.errors import DataError, EmptyError, InputError
 
@@ -126,7 +126,7 @@ class PairFile:
         self.path, self.columns = Path(path), columns
         self.bad_rows: list[str] = []
         self.bad_count = 0
-        if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+        if separator is not None and (len(separator) != 1 or separator in '"\r\n\0'):
             raise InputError(f"expected one character that separates cells, no quote or line end, got {separator!r}")
         self._files, dataset_type = files_of(path, dataset_type)
         self._folder = str(self._files[0].parent.resolve())
@@ -209,6 +209,8 @@ class PairFile:
             # One relative path means another image in each folder.
             kinds = {**self.columns.left, **self.columns.right}
             row.update({key: image_path(folder, row[key]) for key, kind in kinds.items() if kind == "img"})
+            if fault := utf8_fault(folder):
+                faults.append(fault)
         return row, faults
 
     def _kept(self, row: Mapping[str, str], place: tuple[int, int] | None) -> tuple[int, int]:
@@ -280,7 +282,7 @@ def _number(identity: str) -> int:
 
 def _row_faults(row: Mapping[str, str], columns: Columns, folder: str, images: ImageCheck) -> list[str]:
     faults = []
-    if columns.weight_key and (fault := score_fault(row[columns.weight_key], f"column '{columns.weight_key}'")):
+    if columns.weight_key and (fault := score_fault(row[columns.weight_key], columns.weight_key)):
         faults.append(fault)
     for fields in (columns.left, columns.right):
         if not any(row[key] for key in fields):

@@ -60,6 +60,9 @@ def texts_of(values: Mapping[str, Any], kind_of_place: str = "column") -> tuple[
     """The texts of several values by name, and what is wrong with them."""
     texts, faults = {}, []
     for name, value in values.items():
+        if type(value) is str and len(value) <= LONGEST_CELL:
+            texts[name] = value.strip()  # most cells, of which the words for a fault need not be made
+            continue
         texts[name], fault = text_of(value, f"{kind_of_place} '{name}'")
         if fault:
             faults.append(fault)
@@ -92,12 +95,12 @@ def number_of(text: str) -> float:
         return math.nan
 
 
-def score_fault(text: str, place: str) -> str | None:
+def score_fault(text: str, column: str) -> str | None:
     """What is wrong with a score."""
     score = number_of(text)
     if math.isfinite(score) and score >= 0:
         return None
-    return f"expected a finite number >= 0 in {place}, got {quoted(text)}"
+    return f"expected a finite number >= 0 in column '{column}', got {quoted(text)}"
 
 
 def image_path(folder: str, cell: str) -> str:
