@@ -38,8 +38,8 @@ curves: $(READY)  ## the scaling curves and the README's figure (a quarter of an
 	env -u OMP_WAIT_POLICY $(PY) -m bench --curves --json bench/results/cpu-curves.json
 	$(PY) -m bench.report
 
-properties: $(READY)  ## the property tests with fresh draws, many more of them (tens of minutes)
-	HYPOTHESIS_PROFILE=properties $(PY) -m pytest tests -k "not training"
+properties: $(READY)  ## the property tests and the damaged files with fresh draws, many more of them (tens of minutes)
+	HYPOTHESIS_PROFILE=properties $(PY) -m pytest tests -k "not training or fuzz"
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

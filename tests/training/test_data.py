@@ -101,7 +101,7 @@ def test_an_empty_id_is_a_bad_row(folder):
 def test_bytes_that_are_no_utf8_are_a_bad_row(folder):
     path = folder / "pairs.csv"
     path.write_bytes(f"{HEADER}\na,A,,1\nb,\xe9,,1\n".encode("latin-1"))
-    assert message(path) == f"{path}, line 3: expected UTF-8 text, got other bytes"
+    assert message(path) == f"{path}, line 3: expected UTF-8 text, got the byte 0xe9, 'é' in Latin-1"
     assert read(path, skip_bad_rows=True).left["query"] == ["a"]
 
 

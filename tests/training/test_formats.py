@@ -14,6 +14,7 @@ from PIL import Image
 
 from gcl_kernels.training.data import Columns, PairFile, load_image, read_documents, read_pairs
 from gcl_kernels.training.errors import DataError
+from tests.training.files import write_csv, write_parquet, write_tar
 
 LEFT, RIGHT = {"query": "txt"}, {"title": "txt", "image": "img"}
 ROWS = [
@@ -31,31 +32,6 @@ def folder(tmp_path):
 
 def columns_of(pairs):
     return pairs.left, pairs.right, pairs.scores, pairs.query_ids, pairs.document_ids
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def write_parquet(path, rows):
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from pyarrow import parquet
-
-    parquet.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def write_tar(path, samples):
-    with tarfile.open(path, "w") as archive:
-        for name, content in samples:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_parquet_is_read_as_the_same_csv(folder):

@@ -1,0 +1,29 @@
+"""Reading scored pairs, documents and images, and saying what is wrong with them by file and row.
+
+One file of this folder holds one idea: `names` finds the files that a name means, `streams` opens them, `tables`, `parquet`
+and `webdataset` find rows in them, `values` says what a value is whatever the file, `pairs` and `documents` put it together,
+`images` decodes pictures and `faults` words what is wrong.
+"""
+
+from gcl_kernels.training.data.documents import read_documents
+from gcl_kernels.training.data.faults import LINES_SHOWN, shown
+from gcl_kernels.training.data.images import MOST_PIXELS, ImageCheck, ImageError, image_fault, load_image
+from gcl_kernels.training.data.names import files_of
+from gcl_kernels.training.data.pairs import KEY_END, Columns, PairFile, Pairs, read_pairs
+
+__all__ = [
+    "KEY_END",
+    "LINES_SHOWN",
+    "MOST_PIXELS",
+    "Columns",
+    "ImageCheck",
+    "ImageError",
+    "PairFile",
+    "Pairs",
+    "files_of",
+    "image_fault",
+    "load_image",
+    "read_documents",
+    "read_pairs",
+    "shown",
+]
