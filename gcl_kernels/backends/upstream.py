@@ -19,10 +19,10 @@ def normalized(upstream: Lines, stored: torch.dtype) -> tuple[Lines, Tensor | No
     be lost there, so it is applied after the products.
     """
     g = [None if v is None else v.to(statistics_dtype(v.device)) for v in upstream]
-    known = [v.abs().max() for v in g if v is not None]
+    known = [v for v in g if v is not None]
     if stored not in (torch.bfloat16, torch.float16) or not known:
         return Lines(*g), None
-    norm = torch.stack(known).max()
+    norm = torch.stack([v.abs().max() for v in known]).max()
     norm = torch.where(norm > 0, norm, 1.0)
     if stored == torch.float16:
         norm = norm / FLOAT16_LIFT

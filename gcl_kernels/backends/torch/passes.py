@@ -154,9 +154,8 @@ class Totals:
         if self.need.scale:
             product, side = (self.lhs, pairs.lhs) if self.lhs is not None else (self.rhs, pairs.rhs)
             assert product is not None
-            dscale = scale.new_zeros((), dtype=kind)
-            for rows in slices(len(side), self.plane.tile[0]):
-                dscale += (product[rows] * side[rows]).sum(dim=1).sum(dtype=kind)
+            parts = slices(len(side), self.plane.tile[0])
+            dscale = torch.stack([(product[rows] * side[rows]).sum(dim=1).sum(dtype=kind) for rows in parts]).sum()
             dscale = (dscale if norm is None else dscale * norm).to(scale)
         return Gradients(
             self.lhs.mul_(factor).to(dtype) if self.lhs is not None and self.need.lhs else None,
