@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import cases, measure, peers, report
+from bench import cases, ceilings, measure, peers, report
 from bench.cases import Case
 from gcl_kernels import __version__
 from gcl_kernels.training.files import write_json_atomically
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.json:
             write_json_atomically(options.json, result, indent=1)
         tqdm.write(report.table(rows, title=case.title))
+        tqdm.write(ceilings.line(rows))
 
 
 if __name__ == "__main__":

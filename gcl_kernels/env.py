@@ -12,6 +12,7 @@ import torch
 
 from . import backends
 from ._version import __version__
+from .backends import cpu
 
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "open_clip_torch")
 VARIABLES = ("GCL_KERNELS_", "TRITON_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -38,9 +39,12 @@ def devices() -> list[torch.device]:
 
 def describe(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, " + (
-            torch.backends.cpu.get_cpu_capability()
-        )
+        name, capability = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
+        try:
+            ways = f"float32 products by {cpu.float32_products()}, bfloat16 {cpu.bfloat16_products()}"
+        except ValueError as error:  # what the environment asks for is refused
+            ways = str(error)
+        return f"{name}, {torch.get_num_threads()} threads, {capability}, {ways}"
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         toolkit = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"

@@ -12,8 +12,8 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm"):
-            inner = args[0 if name == "mm" else 1].shape[1]
+        if name in ("mm", "addmm", "_linear_pointwise"):
+            inner = args[1 if name == "addmm" else 0].shape[1]
             self.flops += 2 * result.numel() * inner if inner > 2 else 0
         return result
 

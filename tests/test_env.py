@@ -34,6 +34,11 @@ def test_says_why_a_backend_is_chosen(dtype, broken, expected, monkeypatch):
     assert env.choice(torch.device("cuda"), dtype).startswith(expected)
 
 
+def test_a_refused_variable_is_reported(monkeypatch):
+    monkeypatch.setenv("GCL_KERNELS_CPU_BFLOAT16", "quick")
+    assert "GCL_KERNELS_CPU_BFLOAT16: expected 'widen' or 'native', got 'quick'" in env.describe(torch.device("cpu"))
+
+
 def test_a_package_that_is_absent_is_named():
     assert env.version("no_such_package_of_this_name") == "not installed"
 

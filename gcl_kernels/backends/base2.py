@@ -27,15 +27,19 @@ class Line:
     lse goes into the gain.
     """
 
-    reference: Tensor  # 0 where nothing is visible: every pair of that line is hidden anyway
     g: Tensor
-    lse2: Tensor
+    lse2: Tensor  # 0 where nothing is visible: every pair of that line is hidden anyway
+    compute: torch.dtype
 
     @classmethod
     def of(cls, lse: Tensor, g: Tensor, compute: torch.dtype) -> Line:
         lse2 = lse * LOG2E
         lse2 = lse2.masked_fill_(lse2 == -math.inf, 0.0)
-        return cls(lse2.to(compute), g, lse2)
+        return cls(g, lse2, compute)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        return self.lse2.to(self.compute)
 
     @cached_property
     def gain(self) -> Tensor:

@@ -8,7 +8,8 @@
 `backward(pairs, statistics, upstream, need, *, joined=True, dtype=None) -> Gradients`
     `statistics` as the forward returned them, `joined` as it was wanted. `upstream` are the gradients with respect to them,
     None where zero. Gradients of lhs and rhs come in `dtype`, None for the inputs'. Pass float32 to accumulate several partial
-    gradients and round only once. The gradient of the scale is 0-d in the scale's dtype. A gradient that is not needed is None.
+    gradients and round their sum only once (a CPU that multiplies bfloat16 as such rounds each tile's product as well). The
+    gradient of the scale is 0-d in the scale's dtype. A gradient that is not needed is None.
 
 `forward_with_gradient(pairs, upstream, need, *, joined=True) -> (Lines, Gradients)`
     Does both passes in 6 N M D floating-point operations instead of 8, where the upstream gradients are known beforehand and

@@ -22,12 +22,15 @@ def positive_entries(labels: Tensor | None, statistics: Lines, upstream: Lines, 
     """
     (row, col, positive), (g_row, g_col, g_positive) = statistics, upstream
     assert positive is not None
-    entry = torch.zeros_like(positive)
+    entry = None
     if joined and g_row is not None and row is not None:
-        entry += g_row[:, None] * torch.exp(positive - row[:, None])
+        entry = (positive - row[:, None]).exp_().mul_(g_row[:, None])
     if joined and g_col is not None and col is not None:
         column = slice(len(positive)) if labels is None else labels.clamp(min=0).flatten()
-        entry += (g_col[column] * torch.exp(positive.flatten() - col[column])).view_as(entry)
+        by_col = (positive.flatten() - col[column]).exp_().mul_(g_col[column]).view_as(positive)
+        entry = by_col if entry is None else entry.add_(by_col)
+    if entry is None:
+        entry = torch.zeros_like(positive)
     if g_positive is None:
         return entry
     if labels is None:

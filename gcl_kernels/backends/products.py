@@ -8,6 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import cpu
+
+# So many terms of a product are added up in one float32 accumulator. oneDNN would add up 512 or more, and the errors of logits
+# near 100 would then be up to 3.6 times those of MKL.
+TERMS = 256
+
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a @ b in out's dtype."""
@@ -18,20 +24,70 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
 
 
+def by_onednn(a: Tensor) -> bool:
+    """Whether products of such operands go through oneDNN (`cpu`), which allocates its results."""
+    return a.device.type == "cpu" and a.dtype == torch.float32 and cpu.float32_products() == "onednn"
+
+
+def onednn_product(a: Tensor, b: Tensor, terms: int | None = None) -> Tensor:
+    """a @ b in new memory, IEEE float32 where `torch.mm` is.
+
+    Reads a row by row; a's transpose is multiplied from the right, so that b is copied if need be and not a. `terms`: how many
+    at most are added up in one accumulator.
+    """
+    if a.numel() == 0 or b.numel() == 0:
+        return torch.mm(a, b)
+    if not a.is_contiguous() and a.t().is_contiguous():
+        return in_parts(b.t(), a.t(), terms).t()
+    return in_parts(a, b, terms)
+
+
+def in_parts(a: Tensor, b: Tensor, terms: int | None) -> Tensor:
+    linear = cpu.linear()
+    assert linear is not None
+    result, weight = None, b.t()
+    for part in range(0, a.shape[1], terms or a.shape[1]):
+        x, w = a, weight
+        if terms is not None and terms < a.shape[1]:
+            x, w = a[:, part : part + terms], weight[:, part : part + terms]
+        # With rows of the weight apart in memory oneDNN has only its reference, some 1,000 times slower.
+        w = w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()
+        if result is None:
+            result = linear.default(x, w, None, "none", [], "")
+        else:
+            result = linear.binary(x, result, w, None, "add")
+    assert result is not None
+    return result
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a @ b, accumulated in total's dtype; the first product replaces whatever total held."""
     beta = 0 if first else 1
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
+        if by_onednn(a):
+            result = onednn_product(a, b)
+            put(
+                total, result if first else result.contiguous(), first
+            )  # adding a transposed matrix is slow, copying it is not
+        else:
+            torch.addmm(total, a, b, beta=beta, out=total)
         return
     best = way(a.device.type, a.dtype)
     if best == "addmm":
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif best == "mm":
-        result = torch.mm(a, b, out_dtype=total.dtype)
-        total.copy_(result) if first else total.add_(result)
+        put(total, torch.mm(a, b, out_dtype=total.dtype), first)
     else:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def add_rounded_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """As `add_product`, by a product whose result is in a's dtype: what a CPU has for bfloat16. The sum is in total's dtype."""
+    put(total, torch.mm(a, b), first)
+
+
+def put(total: Tensor, result: Tensor, first: bool) -> None:
+    total.copy_(result) if first else total.add_(result)
 
 
 @cache  # one warning a device and dtype

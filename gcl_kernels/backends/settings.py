@@ -26,6 +26,8 @@ class Settings:
     debug: bool | None = None
     host_reads: bool | None = None
     few_chunks: bool | None = None
+    cpu_products: str | None = None
+    cpu_bfloat16: str | None = None
 
 
 _current = Settings()
@@ -40,6 +42,8 @@ def settings(
     debug: bool | None = None,
     host_reads: bool | None = None,
     few_chunks: bool | None = None,
+    cpu_products: str | None = None,
+    cpu_bfloat16: str | None = None,
 ) -> Iterator[None]:
     """Sets what is not None for the `with` block, for tests, benchmarks and tuning. Blocks may be nested.
 
@@ -52,6 +56,8 @@ def settings(
             tensors take the path of other devices.
         few_chunks: whether loops over chunks make their first two steps and their last one only. The results are then wrong,
             but the peak of memory is not: `plan` asks for it.
+        cpu_products: "mm" or "onednn", how a CPU multiplies float32 (`cpu`); otherwise `GCL_KERNELS_CPU_PRODUCTS`.
+        cpu_bfloat16: "widen" or "native", how a CPU multiplies bfloat16; otherwise `GCL_KERNELS_CPU_BFLOAT16`.
     """
     global _current
     before = _current
@@ -62,6 +68,8 @@ def settings(
         "debug": debug,
         "host_reads": host_reads,
         "few_chunks": few_chunks,
+        "cpu_products": cpu_products,
+        "cpu_bfloat16": cpu_bfloat16,
     }
     _current = replace(before, **{name: value for name, value in given.items() if value is not None})
     try:

@@ -21,11 +21,11 @@ def normalized(upstream: Lines, stored: torch.dtype) -> tuple[Lines, Tensor | No
     host may look for them.
     """
     g = [None if v is None else v.to(statistics_dtype(v.device)) for v in upstream]
-    known = [v.abs().max() for v in g if v is not None]
+    known = [v for v in g if v is not None]
     half = stored in (torch.bfloat16, torch.float16)
     if not known or not (half or known[0].device.type == "cpu"):
         return Lines(*g), None
-    norm = torch.stack(known).max()
+    norm = torch.stack([v.abs().max() for v in known]).max()
     # a factor of G may be smaller than these by 2^SAFE_SPREAD
     if not half and not 0 < float(norm) < 2.0**SAFE_SPREAD * torch.finfo(stored).tiny:
         return Lines(*g), None

@@ -6,6 +6,7 @@ import torch
 
 from .. import backends
 from ..backends import Want
+from ..backends.cpu import bfloat16_products
 from ..backends.torch.softmax import FACTOR_ROWS
 from ..backends.torch.tiles import square_tile, tile_numel, tiles_to_store
 from ..chips import Chip
@@ -64,7 +65,9 @@ def memory_on_cpu(p: Sizes) -> float:
     rows = 4.0 * height * p.d  # of lhs with the scale, of a gradient
     dlhs, drhs = 4.0 * p.n * p.d, 4.0 * p.m * p.d
     half = p.s != 4
-    widened = 4.0 * p.m * p.d + rows if half else 0.0  # half precision is multiplied in float32
+    widened = 4.0 * p.m * p.d + rows if half else 0.0  # half precision is multiplied in float32,
+    if p.torch_dtype == torch.bfloat16 and bfloat16_products() == "native":  # or its logits alone, a tile at a time
+        widened = 4.0 * width * p.d + rows
     rounded = float(p.n + p.m) * p.d * p.s if half else 0.0
     left = max(stored - tiles // -(-p.n // height), 0)
     moments = {

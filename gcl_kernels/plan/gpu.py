@@ -14,7 +14,7 @@ from .trace import peak_memory
 
 # Eager operators of one step around its kernels and products: ClipLoss and autograd, the vectors of the forward, those of the
 # backward, and what is repeated for each chunk of rows and each tile of G.
-LOSS_OPERATORS, FORWARD_OPERATORS, BACKWARD_OPERATORS = 36, 23, 83
+LOSS_OPERATORS, FORWARD_OPERATORS, BACKWARD_OPERATORS = 36, 23, 70
 OPERATORS_A_CHUNK, OPERATORS_A_TILE = 7, 2
 
 

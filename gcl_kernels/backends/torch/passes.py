@@ -12,7 +12,7 @@ from ..base2 import LN2
 from ..chunks import slices
 from ..contract import Gradients, Lines, Need, Want
 from ..positives import positive_entries
-from ..products import add_product
+from ..products import add_product, add_rounded_product
 from ..upstream import normalized
 from .softmax import LogSumExps, Shared, Softmaxes, Stored, softmax_
 from .tiles import Plane, compute_dtype, square_tile, tile_of_whole_lines, tiles_to_store
@@ -58,15 +58,17 @@ def statistics_pass(plane: Plane, want: Want, stored_tiles: int = 0) -> tuple[Li
     """The statistics, and the exponentials of the first `stored_tiles` tiles."""
     sums, positive = LogSumExps(plane, want, stored_tiles), plane.new_positive()
     for rows, cols in plane.tiles():
-        memory = sums.stored.new_tile(plane, rows, cols)
-        s2 = plane.negatives(rows, cols, positive, memory)
-        if sums.one_exponential:
-            if sums.take_shared(s2, rows, cols):
-                if memory is not None:
-                    sums.stored.tiles[rows.start, cols.start] = memory
-                continue
-            s2 = plane.negatives(rows, cols, positive)  # the attempt overwrote it
-        sums.take(s2, rows, cols)
+        room = sums.stored.room
+        s2 = plane.negatives(rows, cols, positive, keep=room)
+        if not sums.one_exponential:
+            sums.take(s2, rows, cols)
+        elif not sums.take_shared(s2, rows, cols):
+            del s2  # the attempt overwrote it
+            s2 = plane.negatives(rows, cols, positive)
+            sums.take(s2, rows, cols)
+        elif room:
+            sums.stored.tiles[rows.start, cols.start] = s2
+        del s2  # free before the next is made
     return sums.finish(positive, want.joined), sums.stored
 
 
@@ -94,6 +96,7 @@ def gradient_pass(
             gradient = softmaxes.gradient_tile_(plane.logits(rows, cols), rows, cols)
         plane.write_positives(gradient, rows, cols, entry)
         totals.add(gradient, rows, cols)
+        del e, gradient  # free before the next is made
     return totals.finish(norm, dtype)
 
 
@@ -114,6 +117,7 @@ def one_direction_pass(pairs: Pairs, upstream: Lines, need: Need, joined: bool) 
         so_far = Lines(line if by_row else None, None if by_row else line, positive.to(plane.statistics) * LN2)
         plane.write_positives(s2, rows, cols, positive_entries(pairs.labels, so_far, upstream, joined).to(compute))
         totals.add(s2, rows, cols)
+        del s2  # free before the next is made
     statistics = Lines(
         line if by_row else None, None if by_row else line, positive.to(plane.statistics, copy=True).mul_(LN2)
     )
@@ -142,12 +146,13 @@ class Totals:
         )
 
     def add(self, gradient: Tensor, rows: slice, cols: slice) -> None:
-        operand, pairs = self.plane.operand, self.plane.pairs
-        gradient = gradient.to(operand)
+        plane, pairs = self.plane, self.plane.pairs
+        add = add_product if plane.operand == plane.logit_operand else add_rounded_product
+        gradient = gradient.to(plane.operand)
         if self.lhs is not None:
-            add_product(self.lhs[rows], gradient, pairs.rhs[cols], first=cols.start == 0)
+            add(self.lhs[rows], gradient, pairs.rhs[cols], first=cols.start == 0)
         if self.rhs is not None:
-            add_product(self.rhs[cols], gradient.t(), pairs.lhs[rows].to(operand), first=rows.start == 0)
+            add(self.rhs[cols], gradient.t(), pairs.lhs[rows].to(plane.operand), first=rows.start == 0)
 
     def finish(self, norm: Tensor | None, dtype: torch.dtype | None = None) -> Gradients:
         pairs, kind = self.plane.pairs, self.plane.statistics
@@ -157,9 +162,8 @@ class Totals:
         if self.need.scale:
             product, side = (self.lhs, pairs.lhs) if self.lhs is not None else (self.rhs, pairs.rhs)
             assert product is not None
-            dscale = scale.new_zeros((), dtype=kind)
-            for rows in slices(len(side), self.plane.tile[0]):
-                dscale += (product[rows] * side[rows]).sum(dim=1).sum(dtype=kind)
+            parts = slices(len(side), self.plane.tile[0])
+            dscale = torch.stack([(product[rows] * side[rows]).sum(dim=1).sum(dtype=kind) for rows in parts]).sum()
             dscale = (dscale if norm is None else dscale * norm).to(scale)
         return Gradients(
             self.lhs.mul_(factor).to(dtype) if self.lhs is not None and self.need.lhs else None,

@@ -43,9 +43,10 @@ class Stored:
     capacity: int = 0  # tiles
     tiles: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by first row and column
 
-    def new_tile(self, plane: Plane, rows: slice, cols: slice) -> Tensor | None:
-        """Memory for one more, None where there is no room."""
-        return plane.new_tile(rows, cols) if len(self.tiles) < self.capacity else None
+    @property
+    def room(self) -> bool:
+        """Whether one more may be stored."""
+        return len(self.tiles) < self.capacity
 
 
 class LogSumExps:

@@ -13,8 +13,9 @@ from ...pairs import Pairs
 from ..base2 import high_and_low
 from ..chunks import slices
 from ..contract import statistics_dtype
+from ..cpu import bfloat16_products
 from ..positives import positives_by_column, positives_by_row
-from ..products import product
+from ..products import TERMS, by_onednn, onednn_product, product
 from ..settings import current, may_read_on_host, workspace_bytes
 from ..terms import scale2
 from .modify import modify_, modify_positives_, prepared
@@ -34,9 +35,13 @@ class Plane:
     pairs: Pairs  # lhs as given, rhs in the operand dtype, what `modify_` reads prepared for it
     scale2: tuple[Tensor, Tensor]  # logit_scale * log2(e), high + low part: one float32 would bias every logit
     compute: torch.dtype  # of tiles and accumulators
-    operand: torch.dtype  # of what a matrix product reads
+    logit_operand: torch.dtype  # of what the logits' products read
+    operand: torch.dtype  # of what G's products read
     tile: tuple[int, int]
-    buffers: tuple[Tensor, Tensor]  # flat, one tile each
+    onednn: bool  # whether products allocate their results
+    buffers: list[Tensor | None] = field(
+        default_factory=lambda: [None, None]
+    )  # flat, one tile each, once they are used
     chunk: tuple[int, Tensor] | None = field(default=None)  # first row and `scaled_lhs` of the chunk in use
 
     @classmethod
@@ -46,14 +51,17 @@ class Plane:
         # Half-precision products only where the device has them at full rate with float32 results, and on CPU tensors that
         # take a device's path. Operands are widened elsewhere, which is exact (and on most CPUs faster).
         as_on_device = lhs.device.type == "cpu" and not may_read_on_host(lhs.device)
-        operand = lhs.dtype if lhs.device.type == "cuda" or as_on_device else compute
+        logit_operand = operand = lhs.dtype if lhs.device.type == "cuda" or as_on_device else compute
+        # A CPU rounds what it multiplies in bfloat16 to bfloat16. A part of a gradient bears that, a logit does not.
+        if lhs.device.type == "cpu" and lhs.dtype == torch.bfloat16 and bfloat16_products() == "native":
+            operand = torch.bfloat16
         if 1 not in rhs.stride():
             rhs = rhs.contiguous()  # once, instead of once a product
         tile = min(tile[0], pairs.n), min(tile[1], pairs.m)
-        buffers = lhs.new_empty(tile_numel(*tile), dtype=compute), lhs.new_empty(tile_numel(*tile), dtype=compute)
         scale = high_and_low(scale2(pairs), compute)
         pairs = replace(pairs, rhs=rhs.to(operand), **prepared(pairs, compute))
-        return cls(pairs, scale, compute, operand, tile, buffers)
+        onednn = logit_operand == compute and by_onednn(lhs.new_empty(0, dtype=compute))
+        return cls(pairs, scale, compute, logit_operand, operand, tile, onednn)
 
     @property
     def statistics(self) -> torch.dtype:
@@ -74,7 +82,10 @@ class Plane:
     # ---- memory
 
     def buffer(self, index: int, rows: slice, cols: slice) -> Tensor:
-        return view_of_tile(self.buffers[index], rows, cols)
+        memory = self.buffers[index]
+        if memory is None:
+            memory = self.buffers[index] = self.pairs.lhs.new_empty(tile_numel(*self.tile), dtype=self.compute)
+        return view_of_tile(memory, rows, cols)
 
     def new_tile(self, rows: slice, cols: slice) -> Tensor:
         numel = tile_numel(rows.stop - rows.start, cols.stop - cols.start)
@@ -88,31 +99,34 @@ class Plane:
 
     # ---- logits
 
-    def logits(self, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
-        """(R, C) base-2 logits, hidden pairs -inf (labelled ones too); in `out`, else in the first buffer."""
-        s2 = self.unmodified_logits(rows, cols, out)
+    def logits(self, rows: slice, cols: slice) -> Tensor:
+        """(R, C) base-2 logits, hidden pairs -inf (labelled ones too); in the first buffer or in new memory."""
+        s2 = self.unmodified_logits(rows, cols, False)
         modify_(s2, self.pairs, rows, cols)
         return s2
 
-    def negatives(self, rows: slice, cols: slice, positive: Tensor, out: Tensor | None = None) -> Tensor:
-        """`logits` with -inf at positives, whose logits go to `positive`."""
-        s2 = self.unmodified_logits(rows, cols, out)
+    def negatives(self, rows: slice, cols: slice, positive: Tensor, keep: bool = False) -> Tensor:
+        """`logits` with -inf at positives, whose logits go to `positive`. `keep`: in new memory."""
+        s2 = self.unmodified_logits(rows, cols, keep)
         self.read_positives(s2, rows, cols, positive)
         modify_(s2, self.pairs, rows, cols)
         self.write_positives(s2, rows, cols, None)
         return s2
 
-    def unmodified_logits(self, rows: slice, cols: slice, out: Tensor | None) -> Tensor:
-        s2 = self.buffer(0, rows, cols) if out is None else out
-        product(self.scaled_lhs(rows), self.pairs.rhs[cols].t(), out=s2)
-        return s2 if self.operand == self.compute else s2.mul_(self.scale2[0])
+    def unmodified_logits(self, rows: slice, cols: slice, keep: bool) -> Tensor:
+        x, y = self.scaled_lhs(rows), self.pairs.rhs[cols].to(self.logit_operand).t()
+        if self.onednn:
+            # the rounding of half precision is far above what one accumulator loses
+            return onednn_product(x, y, TERMS if self.pairs.lhs.dtype == self.compute else None)
+        s2 = product(x, y, out=self.new_tile(rows, cols) if keep else self.buffer(0, rows, cols))
+        return s2 if self.logit_operand == self.compute else s2.mul_(self.scale2[0])
 
     def scaled_lhs(self, rows: slice) -> Tensor:
         """lhs * scale * log2(e), or lhs itself where the product would have to be rounded to half precision."""
         if self.chunk is None or self.chunk[0] != rows.start:
             self.chunk = None  # free before the next is made
-            x = self.pairs.lhs[rows].to(self.operand)
-            if self.operand == self.compute:
+            x = self.pairs.lhs[rows].to(self.logit_operand)
+            if self.logit_operand == self.compute:
                 x = (x * self.scale2[0]).addcmul_(x, self.scale2[1])
             self.chunk = rows.start, x
         return self.chunk[1]
