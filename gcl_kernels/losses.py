@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import backends, distributed
 from .derivatives import refuse_forward_mode
+from .false_negatives import FalseNegatives
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
 from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
 from .pairs import Pairs
@@ -55,11 +56,14 @@ def gcl_loss(
     rhs_field_weights: FieldWeights = None,
     lhs_field_mask: Tensor | None = None,
     rhs_field_mask: Tensor | None = None,
+    rhs_bias: Tensor | None = None,
     field_mode: FieldMode = "aggregate",
     directions: Directions = "both",
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
     process_group: ProcessGroupLike = None,
     transport: Transport = "all_gather",
     backend: Backend | None = None,
@@ -86,6 +90,7 @@ def gcl_loss(
         rhs_field_weights: of the fields of rhs.
         lhs_field_mask: (N, F) bool, which fields a row has, as `mask` in `aggregate_fields`.
         rhs_field_mask: (M, F) bool, likewise.
+        rhs_bias: (M,) added to every logit of column j, as in `pairwise_logsumexp`.
         field_mode: `"aggregate"` makes one vector a side. `"pairwise"` takes every pair of fields: l_i is the sum over (f, g) of
             beta_fg l_i(L_f, R_g) of the normalised fields, beta_fg = u_f v_g, the weights summing to 1 on each side. A pair of
             fields leaves out the rows and columns that lack its field.
@@ -95,6 +100,12 @@ def gcl_loss(
         label_smoothing: e in [0, 1]: each (lse - s_pos) becomes (1 - e) (lse - s_pos) + e (lse - mean s). The mean is over
             all columns (rows), hidden by ids or not. It costs O(N D).
         z_loss: c >= 0: adds c * lse^2 to each direction (PaLM, arXiv 2204.02311).
+        false_negative_margin: m >= 0: an unlabelled pair leaves both logsumexps where `<x_i, y_j> > p + m`, p being the
+            similarity of row i's positive or of column j's (the largest of several); 0.1 in Qwen3-Embedding (arXiv 2506.05176). A
+            row or column without a positive hides nothing. No gradient passes through the comparison. Within one rounding of
+            the limit a pair may be hidden or not, so with m = 0 exact copies of a positive may be.
+        false_negative_ratio: r >= 0: likewise where `<x_i, y_j> > r p`; 0.95 in NV-Retriever (arXiv 2407.15831). With both a pair
+            leaves where either says so.
         process_group: as in `pairwise_logsumexp`: every rank passes its own rows of everything. Fields are aggregated first,
             so one vector a row travels.
         transport: as in `pairwise_logsumexp`.
@@ -117,6 +128,7 @@ def gcl_loss(
     check_choice("transport", transport, TRANSPORTS)
     with distributed.shared_failure(group):
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
+        false_negatives = _false_negatives(false_negative_margin, false_negative_ratio)
         refuse_forward_mode("gcl_loss", logit_scale, weights, *_tensors(lhs), *_tensors(rhs))
         lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
         weights, labels = local_tensor("weights", weights, group), local_tensor("labels", labels, group)
@@ -124,7 +136,7 @@ def gcl_loss(
         rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
         left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
         right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids}
+        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "rhs_bias": rhs_bias}
         first = Pairs.of(left[0][1], right[0][1], logit_scale, group, **inputs)
         check_weights(weights, labels, first.n, first.lhs.device)
         # fields of a side are alike, which was checked with them
@@ -142,6 +154,8 @@ def gcl_loss(
             "reduction": reduction,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
+            "false_negative_margin": false_negative_margin,
+            "false_negative_ratio": false_negative_ratio,
             "weights": "None" if weights is None else f"weights, requires_grad={weights.requires_grad}",
             "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
             "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
@@ -149,7 +163,7 @@ def gcl_loss(
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
-    options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss)
+    options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss, false_negatives)
     loss = first.lhs.new_zeros(())
     for share, pairs, present in of_fields:
         factor = None if divisor is None else share / divisor
@@ -174,6 +188,8 @@ class GCLLoss(nn.Module):
         reduction: as in `gcl_loss`.
         label_smoothing: as in `gcl_loss`.
         z_loss: as in `gcl_loss`.
+        false_negative_margin: as in `gcl_loss`.
+        false_negative_ratio: as in `gcl_loss`.
         process_group: as in `gcl_loss`. A module with `"world"` can be pickled, copied and made before the group is; one with a
             `ProcessGroup` cannot.
         transport: as in `gcl_loss`.
@@ -197,6 +213,8 @@ class GCLLoss(nn.Module):
         reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        false_negative_margin: float | None = None,
+        false_negative_ratio: float | None = None,
         process_group: ProcessGroupLike = None,
         transport: Transport = "all_gather",
         backend: Backend | None = None,
@@ -204,6 +222,7 @@ class GCLLoss(nn.Module):
         super().__init__()
         self.weights_of = _by_name(score_to_weight, s_max=s_max, knots=knots, normalize=normalize)
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
+        _false_negatives(false_negative_margin, false_negative_ratio)
         check_process_group(process_group)
         check_choice("transport", transport, TRANSPORTS)
         if backend is not None:
@@ -219,6 +238,8 @@ class GCLLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.false_negative_margin = false_negative_margin
+        self.false_negative_ratio = false_negative_ratio
         self.process_group: ProcessGroupLike = process_group
         self.transport: Transport = transport
         self.backend: Backend | None = backend
@@ -259,6 +280,7 @@ class GCLLoss(nn.Module):
         rhs_ids: Tensor | None = None,
         lhs_field_mask: Tensor | None = None,
         rhs_field_mask: Tensor | None = None,
+        rhs_bias: Tensor | None = None,
     ) -> Tensor:
         """The loss of scores (N,), or (N, P) beside labels (N, P); a score beside label -1 is not looked at."""
         group = resolve_group(self.process_group)
@@ -283,11 +305,14 @@ class GCLLoss(nn.Module):
             rhs_field_weights=self.rhs_field_weights,
             lhs_field_mask=lhs_field_mask,
             rhs_field_mask=rhs_field_mask,
+            rhs_bias=rhs_bias,
             field_mode=self.field_mode,
             directions=self.directions,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            false_negative_margin=self.false_negative_margin,
+            false_negative_ratio=self.false_negative_ratio,
             process_group=group,
             transport=self.transport,
             backend=self.backend,
@@ -313,6 +338,13 @@ def _check_options(field_mode: str, directions: str, reduction: str, label_smoot
     check_choice("field_mode", field_mode, FIELD_MODES)
     check_fraction("label_smoothing", label_smoothing, 1.0)
     check_fraction("z_loss", z_loss, math.inf)
+
+
+def _false_negatives(margin: float | None, ratio: float | None) -> FalseNegatives:
+    for name, value in (("false_negative_margin", margin), ("false_negative_ratio", ratio)):
+        if value is not None:
+            check_fraction(name, value, math.inf)
+    return FalseNegatives(margin, ratio)
 
 
 def _tensors(side: Side) -> Iterable[object]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import distributed
 from .backends import Lines, Want, statistics_dtype
+from .false_negatives import FalseNegatives
 from .lse import statistics
 from .pairs import Pairs
 
@@ -23,6 +24,7 @@ class RowLoss:
     lhs_to_rhs: float  # weight of this direction; the other has the rest
     label_smoothing: float
     z_loss: float
+    false_negatives: FalseNegatives
 
 
 def leave_out_absent(pairs: Pairs, present: Present, ranks: distributed.Ranks | None) -> Pairs:
@@ -63,7 +65,7 @@ def row_losses(
     backend: str | None,
 ) -> Tensor:
     """(N,) l_i of one pair of sides, in the statistics' dtype. `factor`: by which the caller adds them up, or None."""
-    pairs = leave_out_absent(pairs, present, ranks)
+    pairs = options.false_negatives.hidden_in(leave_out_absent(pairs, present, ranks), ranks)
     (has_x, has_y), labels, a, smoothing = present, pairs.labels, options.lhs_to_rhs, options.label_smoothing
     column = None if labels is None else labels.clamp(min=0)
     if weights is None:
@@ -96,10 +98,16 @@ def row_losses(
 
     loss = positive.new_zeros(())
     if a > 0:
-        mean = pairs.logit_scale * _dot_mean(pairs.lhs, pairs.rhs, has_y, ranks)[:, None] if smoothing else None
+        mean = None
+        if smoothing:
+            mean = pairs.logit_scale * _dot_mean(pairs.lhs, pairs.rhs, has_y, ranks)
+            mean = (mean if pairs.rhs_bias is None else mean + _mean(pairs.rhs_bias, has_y, ranks))[:, None]
         loss = loss + a * direction(row[:, None], mean)
     if a < 1:
-        mean = at_labels(pairs.logit_scale * _dot_mean(pairs.rhs, pairs.lhs, has_x, ranks)) if smoothing else None
+        mean = None
+        if smoothing:
+            mean = pairs.logit_scale * _dot_mean(pairs.rhs, pairs.lhs, has_x, ranks)
+            mean = at_labels(mean if pairs.rhs_bias is None else mean + pairs.rhs_bias)
         loss = loss + (1 - a) * direction(at_labels(col), mean)
     loss = w.to(loss.dtype) * loss
     if labels is not None:
@@ -119,11 +127,19 @@ def _sum_by_column(g: Tensor, column: Tensor | None, m: int) -> Tensor:
 def _dot_mean(x: Tensor, y: Tensor, present: Tensor | None, ranks: distributed.Ranks | None) -> Tensor:
     """mean_j <x_i, y_j> over the columns present (an absent one is a zero vector), from the mean vector: O((N + M) D)."""
     compute = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(compute) * _mean(y, present, ranks)).sum(dim=1)
+
+
+def _mean(y: Tensor, present: Tensor | None, ranks: distributed.Ranks | None) -> Tensor:
+    """(...) mean over the lines present of y (M, ...), over all ranks' lines; float32, or float64 for float64."""
+    compute = torch.promote_types(y.dtype, torch.float32)
+    if present is not None and y.ndim == 1:
+        y = torch.where(present, y, 0.0)  # an embedding that is absent is zero as it is
     total = y.sum(dim=0, dtype=compute)
     count = total.new_full((), y.shape[0]) if present is None else present.sum().to(compute)
     if ranks is not None:
         total, count = ranks.total(total), ranks.total(count)
-    return (x.to(compute) * (total / count.clamp(min=1))).sum(dim=1)
+    return total / count.clamp(min=1)
 
 
 def denominator(

@@ -146,12 +146,18 @@ def gcl_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    rhs_bias: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    false_negative_ratio: float | None = None,
 ) -> Tensor:
     """l_i = sum_p w_ip * ( a * D(row_i) + (1 - a) * D(col_{t_ip}) ), with a = 1/2, 1 or 0 by `directions` and
 
     D(lse) = (1 - e) * (lse - s_it) + e * (lse - mean s) + c * lse^2, e = label_smoothing, c = z_loss, the mean over all
     columns (rows), hidden or not. `field_mode="pairwise"`: l_i is the sum over field pairs (f, g) of beta_fg l_i(L_f, R_g),
     beta_fg = u_f v_g with u and v the field weights of each side divided by their sum.
+
+    `false_negative_margin` m and `false_negative_ratio` r hide an unlabelled pair whose similarity is above p + m or r p, p being
+    the largest similarity of a positive of its row, or of its column.
     """
     some = next(iter(lhs.values())) if isinstance(lhs, Mapping) else lhs
     n = some.shape[0]
@@ -187,6 +193,9 @@ def gcl_loss(
             a=a,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            bias=None if rhs_bias is None else rhs_bias[has_y].to(x),
+            margin=false_negative_margin,
+            ratio=false_negative_ratio,
         )
         loss = loss.to(l_pair) + beta * torch.zeros_like(loss).to(l_pair).index_put((has_x.nonzero()[:, 0],), l_pair)
 
@@ -200,10 +209,32 @@ def gcl_loss(
     return loss.sum() / torch.where(total > 0, total, 1.0)
 
 
-def one_pair_loss(x, y, logit_scale, weights, labels, ids, *, a, label_smoothing, z_loss) -> Tensor:
+def false_negative_limits(x, y, labels, margin, ratio) -> dict[str, Tensor]:
+    """{lhs_limit (N,), rhs_limit (M,)}, +inf where there is no positive; empty without either option."""
+    if margin is None and ratio is None:
+        return {}
+    similarity = (x @ y.T).detach()
+    positives = similarity.masked_fill(~labelled_pairs(labels, y.shape[0]), -torch.inf)
+    limits = {}
+    for name, p in (("lhs_limit", positives.amax(dim=1)), ("rhs_limit", positives.amax(dim=0))):
+        limit = torch.full_like(p, torch.inf)
+        if margin is not None:
+            limit = torch.minimum(limit, p + margin)
+        if ratio is not None:
+            limit = torch.minimum(limit, ratio * p)
+        limits[name] = torch.where(p.isinf(), torch.inf, limit)
+    return limits
+
+
+def one_pair_loss(
+    x, y, logit_scale, weights, labels, ids, *, a, label_smoothing, z_loss, bias=None, margin=None, ratio=None
+) -> Tensor:
     """(N,) losses of one (N, D) side against one (M, D) side."""
-    row, col, positive = pairwise_logsumexp(x, y, logit_scale, labels=labels, lhs_ids=ids[0], rhs_ids=ids[1])
+    limits = false_negative_limits(x, y, labels, margin, ratio)
+    options = {"labels": labels, "lhs_ids": ids[0], "rhs_ids": ids[1], "rhs_bias": bias, **limits}
+    row, col, positive = pairwise_logsumexp(x, y, logit_scale, **options)
     s = logit_scale * (x @ y.T)
+    s = s if bias is None else s + bias
     labels, weights, positive = (v.reshape(x.shape[0], -1) for v in (labels, weights, positive))  # (N, P)
     column = labels.clamp(min=0)
 

@@ -106,7 +106,8 @@ def test_repr_is_the_call(shown, expected):
 OPTIONS = {
     "score_to_weight": "inverse", "s_max": 5.0, "knots": None, "normalize": "mean", "lhs_field_weights": [1.0],
     "rhs_field_weights": {"title": 1.0}, "field_mode": "pairwise", "directions": "rhs_to_lhs", "reduction": "none",
-    "label_smoothing": 0.5, "z_loss": 0.25, "process_group": "world", "transport": "ring", "backend": "torch",
+    "label_smoothing": 0.5, "z_loss": 0.25, "false_negative_margin": 0.1,
+    "false_negative_ratio": 0.9, "process_group": "world", "transport": "ring", "backend": "torch",
 }  # fmt: skip
 
 

@@ -63,9 +63,11 @@ def test_as_accurate_as_dense_pytorch(pool, cut, transport, dtype):
     transport=transports,
     weighted=st.booleans(),
     options=testing.loss_options(),
+    margin=st.sampled_from((None, 0.07)),
 )
 @settings(max_examples=settings.default.max_examples * 2 // 3)
-def test_what_ddp_averages_is_the_gradient_of_the_joined_batch(pool, cut, transport, weighted, options):
+def test_what_ddp_averages_is_the_gradient_of_the_joined_batch(pool, cut, transport, weighted, options, margin):
+    options = {**options, "false_negative_margin": margin}
     batch = cut.joined(torch.float64)
     shape = (sum(cut.rows), cut.problem.positives) if cut.problem.positives else (sum(cut.rows),)
     weights = torch.rand(shape, generator=cut.problem.generator(), dtype=torch.float64) if weighted else None

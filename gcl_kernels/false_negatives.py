@@ -1,0 +1,69 @@
+"""False negatives by similarity: limits that the positives of a batch set, in O(N D)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .distributed import primitive
+from .distributed.exchange import bring_home
+from .pairs import Pairs
+
+
+@dataclass(frozen=True)
+class FalseNegatives:
+    """An unlabelled pair is one where its similarity is above `positive + margin` or above `ratio * positive`.
+
+    `positive` is the largest similarity of a positive in its row, and likewise in its column: either hides the pair.
+    """
+
+    margin: float | None = None
+    ratio: float | None = None
+
+    def hidden_in(self, pairs: Pairs, ranks: distributed.Ranks | None) -> Pairs:
+        """With the limits. A row or column without a positive has none."""
+        if self.margin is None and self.ratio is None:
+            return pairs
+        with torch.no_grad():
+            of_rows, of_cols = largest_positives(pairs, ranks)
+            return replace(pairs, lhs_limit=self.limit(of_rows), rhs_limit=self.limit(of_cols))
+
+    def limit(self, positive: Tensor) -> Tensor:
+        limit = torch.full_like(positive, math.inf)
+        if self.margin is not None:
+            limit = torch.minimum(limit, positive + self.margin)
+        if self.ratio is not None:
+            limit = torch.minimum(limit, self.ratio * positive)
+        return torch.where(positive == -math.inf, math.inf, limit)
+
+
+def largest_positives(pairs: Pairs, ranks: distributed.Ranks | None) -> tuple[Tensor, Tensor]:
+    """(N,) and (M,) the largest similarity of a positive of each row and of each column; -inf where there is none."""
+    kind = pairs.logit_scale.dtype
+    of_rows = pairs.lhs.new_full((pairs.n,), -math.inf, dtype=kind)
+    of_cols = pairs.lhs.new_full((pairs.m,), -math.inf, dtype=kind)
+    if pairs.labels is None:  # over ranks, too: row i's positive is its own rank's column i
+        of_rows = (pairs.lhs.to(kind) * pairs.rhs[: pairs.n].to(kind)).sum(dim=1)
+        of_cols[: pairs.n] = of_rows
+        return of_rows, of_cols
+    if ranks is None:
+        blocks: Iterator[tuple[object, slice, Pairs]] = iter([(None, slice(0, pairs.m), pairs)])
+    else:
+        blocks = primitive.blocks(primitive.gathered(pairs, ranks), ranks)
+        of_cols = pairs.lhs.new_full((ranks.m,), -math.inf, dtype=kind)  # over this rank's rows
+    for _, cols, block in blocks:
+        assert block.labels is not None
+        for p in range(block.positives):
+            column, labelled = block.labels[:, p].clamp(min=0), block.labels[:, p] >= 0
+            similarity = (block.lhs.to(kind) * block.rhs[column].to(kind)).sum(dim=1)
+            similarity = torch.where(labelled, similarity, -math.inf)
+            of_rows = torch.maximum(of_rows, similarity)
+            of_cols[cols].scatter_reduce_(0, column, similarity, "amax")
+    if ranks is not None:
+        of_cols = bring_home(of_cols, ranks.cols, ranks.group, ranks.rank, "the exchange of limits").amax(dim=0)
+    return of_rows, of_cols
