@@ -164,7 +164,7 @@ class ClipLoss(nn.Module):
             return self._loss_of_all(image_features, text_features, logit_scale)
         group = torch.distributed.group.WORLD
         with distributed.shared_failure(group):
-            pairs = Pairs.of(image_features, text_features, logit_scale, distributed=True)
+            pairs = Pairs.of(image_features, text_features, logit_scale, group)
         alike = {"local_loss": True, "gather_with_grad": self.gather_with_grad}
         ranks = distributed.agree(group, "all_gather", pairs, logit_scale, alike)
         # others' features have a gradient only under `gather_with_grad`, as in open_clip

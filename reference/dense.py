@@ -42,9 +42,9 @@ def hidden_pairs(
         left = lhs_ids.reshape(n, 1, -1)
         right = rhs_ids.reshape(1, m, -1)
         hidden |= ((left == right) & (left >= 0)).any(dim=2)
-    if lhs_limit is not None:
+    if similarity is not None and lhs_limit is not None:
         hidden |= similarity > lhs_limit[:, None]
-    if rhs_limit is not None:
+    if similarity is not None and rhs_limit is not None:
         hidden |= similarity > rhs_limit
     return hidden & ~labelled_pairs(labels, m)
 

@@ -29,7 +29,9 @@ def assert_accurate(actual, batch: testing.Batch, function=None, outputs=everyth
 
     inputs = batch.differentiable
     forms = testing.dense_forms(dense, inputs, similarities="lhs_limit" in given)
-    testing.assert_as_accurate(actual, forms, testing.in_float64(dense, inputs), names, testing.floor(*inputs))
+    testing.assert_as_accurate(
+        actual, forms, testing.in_float64(dense, inputs), names, testing.floor(*inputs, given.get("rhs_bias"))
+    )
 
 
 def bias_of_logits(function, device="cpu") -> float:

@@ -82,7 +82,7 @@ def equivalent(
     return left * lhs[:, order], right * rhs[:, order], logit_scale / (left * right)
 
 
-def floor(lhs: Tensor, rhs: Tensor, logit_scale: Tensor) -> float:
+def floor(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, rhs_bias: Tensor | None = None) -> float:
     """What the rule adds to the limit: FLOOR (FLOOR_FLOAT64 for float64 inputs), and by how much an evaluation may exceed the
     errors of its kind by bad luck.
 
@@ -92,7 +92,8 @@ def floor(lhs: Tensor, rhs: Tensor, logit_scale: Tensor) -> float:
     """
     exact = lhs.dtype == torch.float64
     with torch.no_grad():
-        largest_logit = float((logit_scale * lhs.double() @ rhs.double().T).abs().max())
+        logits = logit_scale * lhs.double() @ rhs.double().T
+        largest_logit = float((logits if rhs_bias is None else logits.abs() + rhs_bias.abs()).abs().max())
     eps = torch.finfo(torch.float64 if exact else torch.float32).eps
     return (FLOOR_FLOAT64 if exact else FLOOR) + 4 * eps * largest_logit / min(len(lhs), len(rhs)) ** 0.5
 

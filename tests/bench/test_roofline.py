@@ -100,10 +100,10 @@ def test_ours_on_a_cpu_as_the_code_does(directions, budget, multiple, monkeypatc
     made = 0
 
     def counted(function):
-        def run(*arguments):
+        def run(*arguments, **options):
             nonlocal made
             with Products() as products:
-                result = function(*arguments)
+                result = function(*arguments, **options)
             made += products.flops
             return result
 
