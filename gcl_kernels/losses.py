@@ -19,7 +19,7 @@ from .pairs import Pairs
 from .row_losses import RowLoss, denominator, row_losses
 from .score_to_weight import Knots, ScoreToWeight, score_to_weight
 from .types import (
-    BACKENDS,
+    BACKEND_NAMES,
     DIRECTIONS,
     FIELD_MODES,
     REDUCTIONS,
@@ -226,7 +226,7 @@ class GCLLoss(nn.Module):
         check_process_group(process_group)
         check_choice("transport", transport, TRANSPORTS)
         if backend is not None:
-            check_choice("backend", backend, BACKENDS)
+            check_choice("backend", backend, BACKEND_NAMES)
         for name, given in (("lhs_field_weights", lhs_field_weights), ("rhs_field_weights", rhs_field_weights)):
             if given is not None:
                 fields = given if isinstance(given, Mapping) else range(len(given))

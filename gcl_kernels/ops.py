@@ -50,10 +50,10 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, col, positive) of a loss, differentiable; a direction that is not wanted is an empty tensor.
 
-    `known_upstream`: the gradients with respect to the statistics up to one common factor, by a caller that knows them
-    beforehand. Where that saves work (`Backend.one_pass`) gradients are formed beside the statistics, from the same logits. The
-    backward hands them on times the factor, in place, and a factor of one rounds nothing. The backward reads nothing but the
-    factor, so what was said must hold; `GCL_KERNELS_DEBUG=1` checks it.
+    `known_upstream`: the gradients with respect to the statistics up to one common factor, from a caller who knows them before
+    the statistics exist. Where that saves work (`Backend.one_pass`) the forward forms the gradients of the inputs as well, from
+    the same logits. The backward multiplies them by the factor in place; a factor of 1 rounds nothing. It takes nothing else from the
+    actual upstream gradients, so these must be as announced. `GCL_KERNELS_DEBUG=1` checks that.
     """
     need = Need(*(torch.is_grad_enabled() and x.requires_grad for x in pairs.differentiable))
     known = known_upstream if any(need) else None

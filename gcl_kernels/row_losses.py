@@ -64,7 +64,10 @@ def row_losses(
     ranks: distributed.Ranks | None,
     backend: str | None,
 ) -> Tensor:
-    """(N,) l_i of one pair of sides, in the statistics' dtype. `factor`: by which the caller adds them up, or None."""
+    """(N,) l_i of one pair of sides, in the statistics' dtype.
+
+    `factor`: what the caller multiplies their sum by, which makes their gradients known here; None if it does not add them up.
+    """
     pairs = options.false_negatives.hidden_in(leave_out_absent(pairs, present, ranks), ranks)
     (has_x, has_y), labels, a, smoothing = present, pairs.labels, options.lhs_to_rhs, options.label_smoothing
     column = None if labels is None else labels.clamp(min=0)

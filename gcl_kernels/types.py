@@ -19,7 +19,7 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 FIELD_MODES: tuple[FieldMode, ...] = get_args(FieldMode)
 POSITIVES: tuple[Positives, ...] = get_args(Positives)
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+BACKEND_NAMES: tuple[Backend, ...] = get_args(Backend)
 SCORE_TO_WEIGHT_NAMES: tuple[ScoreToWeightName, ...] = get_args(ScoreToWeightName)
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -6,9 +6,10 @@
 
 The two gradient products, dlhs = scale G rhs and drhs = scale G^T lhs, are library GEMMs (`launch`).
 
-The kernels know tiles and no loss. A loss is three functions, EPILOGUE, FITS and GRADIENT, with signatures as in `softmax`;
-`out` and `lines` are tuples of pointers whose meaning and number are theirs. Masks and additive terms are in `modify`. An
-argument is None where a kernel does not read it. `tiles` says how things are named and which tuples travel together.
+The two tile kernels know no loss. A loss is three functions, EPILOGUE, FITS and GRADIENT, with signatures as in `softmax`;
+`out` and `lines` are tuples of pointers whose meaning and number are theirs. The softmax's other half is on the host: `launch`
+and `one_pass` merge its partials, join positives and pack `lines`. Masks and additive terms are in `modify`. An argument is None
+where a kernel does not read it. `tiles` says how things are named and which tuples travel together.
 """
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.

@@ -6,9 +6,9 @@ is complete, and it is never multiplied in: with G = diag(gain) E + positives,
 
     dlhs = scale (gain E rhs + positives)        drhs = scale (E^T (gain lhs) + positives)
 
-so that the plane is written once and read twice, 6 bytes a logit of 2 bytes, exactly as in the backward. (Stored as float32
-logits and turned into G later it would be 14: at D = 768 the 8 more take 2.7 ps at 3 TB/s, the tile made again 2.2 ps at 700
-TFLOP/s.)
+so that the plane is written once and read twice, 6 bytes a logit of 2 bytes, exactly as in the backward. Storing float32
+logits and turning them into G later would move 14 bytes a logit. At D = 768 the 8 more take 2.7 ps at 3 TB/s, and making the tile
+again takes 2.2 ps at 700 TFLOP/s.
 
 The reference r_i must be known beforehand: `HEADROOM` below the largest logit that the norms allow. In bfloat16 and float32,
 which have the same range, e then keeps its digits for any line whose own largest negative is within 2 HEADROOM of that bound,

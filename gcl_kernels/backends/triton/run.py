@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,7 +74,16 @@ _runner: Callable[..., None] = _launch
 def _jit_functions() -> dict[str, Any]:
     from . import field_kernels, kernels, softmax
 
-    return {**vars(softmax), **vars(field_kernels), **vars(kernels)}
+    return {name: f for module in (softmax, field_kernels, kernels) for name, f in defined_in(module)}
+
+
+def defined_in(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """JIT functions by name, without those that the module imports."""
+    return (
+        (name, f)
+        for name, f in vars(module).items()
+        if getattr(getattr(f, "fn", None), "__module__", None) == module.__name__
+    )
 
 
 def _first(x: Any) -> Any:
