@@ -52,8 +52,8 @@ def statistics(
 
     `known_upstream`: the gradients with respect to the statistics up to one common factor, from a caller who knows them before
     the statistics exist. Where that saves work (`Backend.one_pass`) the forward forms the gradients of the inputs as well, from
-    the same logits. The backward multiplies them by the factor in place; a factor of 1 rounds nothing. It takes nothing else from the
-    actual upstream gradients, so these must be as announced. `GCL_KERNELS_DEBUG=1` checks that.
+    the same logits. The backward multiplies them by the factor in place; a factor of 1 rounds nothing. It takes nothing else
+    from the actual upstream gradients, so these must be as announced. `GCL_KERNELS_DEBUG=1` checks that.
     """
     need = Need(*(torch.is_grad_enabled() and x.requires_grad for x in pairs.differentiable))
     known = known_upstream if any(need) else None
