@@ -43,6 +43,7 @@ from gcl_kernels.training.ranking import (
     known_documents,
     minmax,
     random_ranking,
+    say_contradictions,
 )
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.tracking import Tracker
@@ -137,6 +138,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
                 else corpus_of(tests[path])
             )
         known_documents(path, tests[path], corpora[meta])
+        say_contradictions(path, tests[path])
 
     scores, ids, sampler = training_rows(args, pairs, group.world)
     steps = args.epochs * sampler.batches_per_epoch if args.steps is None else args.steps
