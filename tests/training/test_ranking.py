@@ -237,7 +237,7 @@ def test_equal_documents_have_equal_scores_wherever_they_lie(count):
     queries, document = (
         torch.nn.functional.normalize(torch.randn(rows, 512, generator=generator), dim=1) for rows in (count, 1)
     )
-    places, scores = search(queries, document.expand(1055, -1), 1055, document_chunk=1000)
+    places, scores = search(queries, document.repeat(1055, 1), 1055, document_chunk=1000)
     assert places.tolist() == [list(range(1055))] * count
     assert [len(row.unique()) for row in scores] == [1] * count
     assert scores[:, 0].allclose(queries @ document[0], atol=1e-6)
