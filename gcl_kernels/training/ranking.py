@@ -103,7 +103,8 @@ def embed(
     with Progress(progress, len(distinct)) as done:
         for start in range(0, len(distinct), batch_size):
             batch = distinct[start : start + batch_size]
-            encoded, mask = encoder({key: [cells[row] for row in batch] for key, cells in fields.items()}, kinds)
+            cells = {key: [column[row] for row in batch] for key, column in fields.items()}
+            encoded, mask = encoder(cells, kinds)
             vectors = gcl_kernels.aggregate_fields(encoded, weights, mask=mask).float()
             if start == 0:
                 embeddings = vectors.new_empty(len(order), vectors.shape[1])
