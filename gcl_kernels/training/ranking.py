@@ -96,7 +96,7 @@ def embed(
     new = [place == 0 or row_of(order[place - 1]) != row_of(row) for place, row in enumerate(order)]
     rows = torch.tensor(order)
     group = torch.tensor(new).cumsum(0) - 1  # of each place in the order, the number of its distinct row
-    distinct = rows[torch.tensor(new)].tolist()
+    distinct: list[int] = rows[torch.tensor(new)].tolist()
     was_training = encoder.model.training
     encoder.model.eval()
     embeddings = torch.empty(0)
