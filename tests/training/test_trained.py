@@ -62,8 +62,8 @@ def test_evaluation_measures_what_training_measured_without_another_word(run, ca
     assert ours.keys() == evaluation.rows().keys()
     for query, of_query in evaluation.rows().items():
         assert ours[query] == pytest.approx(of_query, abs=1e-9)
-    # A judged document that has nothing counts as not found in both.
-    assert (evaluation.judged > 0).sum(dim=1).tolist() == [7, 7, 6] * 2
+    # A judged document that has nothing counts as not found in both: every row of the file is in the ground truth.
+    assert int((evaluation.judged > 0).sum()) == len((folder / "pairs.csv").read_text().splitlines()) - 1
     about = json.loads((folder / "out" / "evaluation.json").read_text())
     assert (about["step"], about["model"], about["queries_in_file"]) == (2, "ViT-Tiny-8-32px", 6)
 
