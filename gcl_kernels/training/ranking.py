@@ -19,7 +19,7 @@ from torch import Tensor
 import gcl_kernels
 from gcl_kernels.training.data import Pairs
 from gcl_kernels.training.encode import FieldEncoder
-from gcl_kernels.training.errors import DataError
+from gcl_kernels.training.errors import DataError, InputError
 from gcl_kernels.training.metrics import all_metrics
 from gcl_kernels.training.progress import Progress
 
@@ -125,7 +125,7 @@ def search(
     type: in float32 the last bits of equal documents' scores differ by where they lie in a chunk.
     """
     if not (queries.isfinite().all() and documents.isfinite().all()):
-        raise ValueError("expected finite embeddings, got NaN or infinity: training has probably diverged")
+        raise InputError("expected finite embeddings, got NaN or infinity: training has probably diverged")
     found, found_scores = [], []
     for part in queries.split(query_chunk):
         scores = part.new_empty(len(part), 0)

@@ -291,6 +291,61 @@ def test_a_given_ground_truth_decides_the_queries(files, capsys):
     assert json.loads((files / "out" / "output.json").read_text())["hole"]["Hole@3"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("option", ["--output-dir", "--features-path", "--gt_results_path"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_read(files, capsys, option):
+    (files / "file").write_text("")
+    path = files / "file" if option == "--output-dir" else files / "file" / "x"
+    rewrite(files / "test.csv", "query", "no query")  # a fault that reading would find
+    assert evaluate(files, f"{option}={path}") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{files / 'file'}: expected a folder to write to, got '")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "other architecture", "tensor"])
+def test_weights_that_the_model_cannot_have_are_one_line(files, capsys, kind):
+    path = files / "model.pt"
+    if kind == "text":
+        path.write_text("a,b\n1,2\n")
+    if kind == "other architecture":
+        torch.save({"state_dict": {"positional_embedding": torch.ones(3, 3)}}, path)
+    if kind == "tensor":
+        torch.save(torch.ones(3), path)
+    assert evaluate(files, f"--pretrained={path}") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"--pretrained {path}: expected weights of {TINY_MODEL}, got")
+    assert len(message.splitlines()) == 1
+
+
+def test_diverged_weights_are_one_line(files, capsys):
+    weights = create_model(TINY_MODEL)[0].state_dict()
+    torch.save({name: value * torch.nan for name, value in weights.items()}, files / "model.pt")
+    assert evaluate(files, f"--pretrained={files / 'model.pt'}") == 2
+    assert (
+        capsys.readouterr().err == "expected finite embeddings, got NaN or infinity: training has probably diverged\n"
+    )
+
+
+def test_a_comparison_with_another_ground_truth_says_so(files, capsys):
+    assert evaluate(files) == 0
+    assert evaluate(files, "--weight-key=", "--compare-with", str(files / "out"), out="b") == 0
+    assert "evaluated with another ground truth" in capsys.readouterr().out
+    assert evaluate(files, "--compare-with", str(files / "out"), out="c") == 0
+    assert "evaluated with another ground truth" not in capsys.readouterr().out
+
+
+def test_the_number_of_queries_and_how_they_were_chosen_are_said(files, capsys):
+    assert evaluate(files, "--top-q=2") == 0
+    assert "2 of 3 queries, drawn by weight; --top-q -1 takes all\n" in capsys.readouterr().out
+    about = json.loads((files / "out" / "evaluation.json").read_text())
+    assert (about["queries"], about["queries_in_file"]) == (2, 3)
+    assert (about["lowest_grade"], about["highest_grade"]) == (10, 100)
+    examples = json.loads((files / "out" / "examples.json").read_text())["examples"]
+    grades = {(example["query"], found["id"]): found["grade"] for example in examples for found in example["found"]}
+    assert grades["red thing_{!@#~}_", "2"] == 50, "as it was given, not rescaled"
+    assert grades["red thing_{!@#~}_", "3"] is None
+
+
 def test_holes_are_documents_that_no_query_has_judged(tmp_path):
     (tmp_path / "gt_results.json").write_text(json.dumps({"p": {"a": 3}, "q": {"b": 1}}))
     found = {"p": {"x": 0.9, "b": 0.8, "a": 0.7}, "q": {"b": 0.5}}  # b was judged, for the other query
