@@ -26,8 +26,9 @@ def training_of(pretrained: str | None) -> dict[str, Any]:
         return {}
     try:
         # Mapped into memory, the weights are not read.
-        ours = torch.load(pretrained, map_location="cpu", weights_only=True, mmap=True)[OURS]
-        return {"options": dict(ours["options"]), "step": int(ours["step"])}
+        content = torch.load(pretrained, map_location="cpu", weights_only=True, mmap=True)
+        ours = content.get(OURS)
+        return {"options": dict(ours["options"]), "step": int(ours["step"])} if ours else {}
     except Exception:  # a checkpoint of others, or none at all: open_clip will say what is wrong with it
         return {}
 
