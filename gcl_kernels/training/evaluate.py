@@ -5,102 +5,52 @@
         --right-keys "['image_local', 'title']" --right-weights "[0.9, 0.1]" --img-or-txt "[['txt'], ['img', 'txt']]" \\
         --context-length "[[77], [0, 77]]" --output-dir results
 
-Writes into the output directory: output.json and output.csv (means), per_query.csv, gt_results.json, retrieval.json,
-features.pt, and examples.json for `gcl_kernels.training.report`.
+A checkpoint of `gcl_kernels.training` says how it was trained: then `--test_csv`, `--doc-meta`, `--pretrained` and
+`--output-dir` are enough.
+
+Writes into the output directory: output.json and output.csv (means), per_query.csv, evaluation.json (what was evaluated,
+intervals, comparison), gt_results.json, retrieval.json, features.pt, and examples.json for `gcl_kernels.training.report`.
+Of these only features.pt is used again, by the same model on the same corpus.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gcl_kernels.training.data import read_documents, read_pairs, shown
+from gcl_kernels.training import made_from
+from gcl_kernels.training.data import Pairs, image_fault, read_documents, read_pairs, shown
 from gcl_kernels.training.encode import FieldEncoder
 from gcl_kernels.training.errors import DataError, InputError
-from gcl_kernels.training.evaluation_files import write_examples, write_results, write_retrieval
-from gcl_kernels.training.files import read_json, write_atomically
-from gcl_kernels.training.ground_truth import ground_truth, read_grades
+from gcl_kernels.training.evaluate_options import parse_args
+from gcl_kernels.training.evaluation_files import read_about, write_results, write_retrieval
+from gcl_kernels.training.examples import write_examples
+from gcl_kernels.training.files import make_folder, read_json, write_atomically
+from gcl_kernels.training.ground_truth import NAME, ground_truth, read_grades
 from gcl_kernels.training.memory import peak_memory
 from gcl_kernels.training.openclip import create_model
-from gcl_kernels.training.options import parse_kinds, parse_list, parse_weights, positive
 from gcl_kernels.training.ranking import (
     NOTHING,
     Corpus,
     Evaluation,
+    Grades,
     embed,
     embed_corpus,
+    fullest_rows,
     grade,
     known_documents,
+    say_contradictions,
     search,
 )
+from gcl_kernels.training.trained import longest
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The authors' flags; lists are Python literals or comma-separated."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gcl_kernels.training.evaluate", description="Evaluate an open_clip model after the GCL protocol",
-    )  # fmt: skip
-    parser.add_argument("--test_csv", metavar="FILE", help="judged pairs: CSV, TSV, Parquet or webdataset")
-    parser.add_argument("--doc-meta", metavar="FILE", help="JSON {id: {field: value}}, the corpus")
-    parser.add_argument("--model_name", default="ViT-B-32")
-    parser.add_argument("--pretrained", help="open_clip's tag or a checkpoint file")
-    parser.add_argument("--batch-size", type=positive(int), default=256)
-    parser.add_argument("--num_workers", type=positive(int), default=4, help="threads that decode images")
-    parser.add_argument("--weight_key", help="column of the score; default: every judged pair has grade 1")
-    parser.add_argument("--left-keys", type=parse_list, default=["text"])
-    parser.add_argument("--right-keys", type=parse_list, default=["image_local", "title"])
-    parser.add_argument("--left-weights", type=parse_weights, default=[1.0])
-    parser.add_argument("--right-weights", type=parse_weights, default=[0.9, 0.1])
-    parser.add_argument("--img-or-txt", type=parse_kinds, default=[["txt"], ["img", "txt"]])
-    parser.add_argument(
-        "--context-length", type=parse_list, help="[[77], [0, 77]]; the largest counts, 0 is the model's own"
-    )
-    parser.add_argument("--top-q", type=int, default=2000,
-                        help="queries drawn with the sum of their grades as weight, as the authors draw them; -1: all",
-                        )  # fmt: skip
-    parser.add_argument("--top-k", type=positive(int), default=1000, help="documents ranked for each query")
-    parser.add_argument("--doc-id-key", default="product_id")
-    parser.add_argument("--query-id-key", help="default: the left columns, each followed by _{!@#~}_")
-    parser.add_argument(
-        "--gt_results_path", type=Path, metavar="FILE", help="ground truth to use, or where to write it"
-    )
-    parser.add_argument(
-        "--features-path", type=Path, metavar="FILE", help="default: features.pt in the output directory"
-    )
-    parser.add_argument("--overwrite-feature", action="store_true", help="embed the corpus again")
-    parser.add_argument(
-        "--overwrite-retrieval", action="store_true", help="accepted; retrieval.json is always of this run"
-    )
-    parser.add_argument("--run-queries-cpu", action="store_true", help="search on the CPU")
-    parser.add_argument(
-        "--metric-only", action="store_true", help="only metrics, of gt_results.json and retrieval.json"
-    )
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--compare-with", type=Path, metavar="DIR", help="another output directory: paired tests per metric"
-    )
-    args = parser.parse_args(argv)
-    if not args.metric_only and not (args.test_csv and args.doc_meta):
-        parser.error("expected --test_csv and --doc-meta, or --metric-only")
-    if args.top_q < 1 and args.top_q != -1:
-        parser.error(f"--top-q: expected a number > 0, or -1 for all, got {args.top_q}")
-    for side, keys, weights, kinds in zip(
-        ("left", "right"), (args.left_keys, args.right_keys), (args.left_weights, args.right_weights), args.img_or_txt,
-        strict=True,
-    ):  # fmt: skip
-        if not len(keys) == len(weights) == len(kinds):
-            parser.error(f"--{side}-keys, --{side}-weights and --img-or-txt: expected as many of each, got {len(keys)}, "
-                         f"{len(weights)} and {len(kinds)}")  # fmt: skip
-    args.gt_results_path = args.gt_results_path or args.output_dir / "gt_results.json"
-    args.features_path = args.features_path or args.output_dir / "features.pt"
-    return args
+Documents = Mapping[str, Mapping[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,11 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     started = time.perf_counter()
     try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        evaluation = from_files(args) if args.metric_only else from_model(args)
-        write_results(args.output_dir, evaluation, args.top_k, args.compare_with)
+        for folder in {args.output_dir, *(path.parent for path in (args.gt_results_path, args.features_path) if path)}:
+            make_folder(folder)
+        evaluation, about = from_files(args) if args.metric_only else from_model(args)
+        write_results(args.output_dir, evaluation, args.top_k, args.compare_with, about)
     except InputError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or args.output_dir}: {error.strerror or error}", file=sys.stderr)
         return 2
     print(
         f"{time.perf_counter() - started:.0f} s, peak resident memory {peak_memory(torch.device('cpu')) / 2**20:.0f} MiB"
@@ -120,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def from_model(args: argparse.Namespace) -> Evaluation:
+def from_model(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
     """Read, embed, search, grade; writes the ground truth, the ranking, the features and the examples."""
     left, right = (
         (dict(zip(keys, kinds, strict=True)), dict(zip(keys, weights, strict=True)))
@@ -128,84 +82,187 @@ def from_model(args: argparse.Namespace) -> Evaluation:
             (args.left_keys, args.right_keys), args.img_or_txt, (args.left_weights, args.right_weights), strict=True
         )
     )
-    # Only ids and scores of the documents are taken from the pairs; the corpus has their fields.
-    pairs = read_pairs(
-        args.test_csv, left[0], {args.doc_id_key: "txt"}, args.weight_key, query_id_key=args.query_id_key,
-        document_id_key=args.doc_id_key, skip_bad_rows=True,
-    )  # fmt: skip
-    if pairs.bad_count:
-        print(
-            f"{args.test_csv}: {pairs.bad_count} bad rows skipped:", *shown(pairs.bad_rows, pairs.bad_count), sep="\n  "
-        )
+    for line in args.notes:
+        print(line)
+    pairs = judged_pairs(args, left[0])
     documents = read_documents(args.doc_meta, right[0], check_images="none")
     known_documents(args.test_csv, pairs, documents)
-    grades = ground_truth(args, pairs)
+    grades, given, which = ground_truth(args, pairs)
+    queries_in_file = len(set(pairs.query_ids))
+    if len(grades) < queries_in_file:
+        print(f"{len(grades)} of {queries_in_file} queries, {which}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lengths = [length for side in args.context_length or [] for length in (side if isinstance(side, list) else [side])]
-    model, tokenizer, preprocess = create_model(
-        args.model_name,
-        pretrained=args.pretrained,
-        context_length=max(map(int, lengths), default=0) or None,
-        device=device,
-    )
+    model, tokenizer, preprocess = load_model(args, device)
     encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.num_workers)
-    row_of = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
+    kinds = right[0]
+    cells = {
+        kind: [values[key] for values in documents.values() for key in kinds if kinds[key] == kind] for kind in KINDS
+    }
+    parts = {
+        **made_from.model_parts(model, tokenizer, preprocess, cells["txt"]),
+        "corpus": made_from.digest_of_documents(documents),
+        "images": made_from.digest_of_images(filter(None, cells["img"])),
+        "fields": [[key, kinds[key], right[1][key]] for key in kinds],
+    }
+    corpus = features(args, encoder, parts, documents, right)
+    row_of = fullest_rows(pairs.query_ids, pairs.left)
     queries = {key: [cells[row_of[query]] for query in grades] for key, cells in pairs.left.items()}
     query_vectors = embed(encoder, queries, *left, batch_size=args.batch_size)
-    corpus = features(args, encoder, documents, right)
     where = "cpu" if args.run_queries_cpu else device
     ranking, scores = search(query_vectors.to(where), corpus.embeddings.to(where), args.top_k)
     if encoder.lost:
         print(f"{len(encoder.lost)} images could not be read and were missing values")
     evaluation = grade(grades, corpus.document_ids, ranking.cpu(), scores.cpu())
-    write_retrieval(args.output_dir / "retrieval.json", evaluation)
-    write_examples(args.output_dir / "examples.json", evaluation, documents, right[0], queries)
-    return evaluation
+
+    scale = [gain for of_query in grades.values() for gain in of_query.values()] if given else pairs.scores
+    about = {
+        "test_csv": args.test_csv, "doc_meta": args.doc_meta, "model": args.model_name, "pretrained": args.pretrained,
+        "step": args.training.get("step"), "queries_in_file": queries_in_file, "queries_are": which,
+        "documents": len(documents), "lowest_grade": min(scale), "highest_grade": max(scale),
+        "ground_truth": made_from.digest([grades]),
+    }  # fmt: skip
+    path = args.output_dir / RANKING
+    write_retrieval(path, evaluation)
+    made_from.record(path, {**asked(args), **parts, "ground truth": about["ground_truth"]})
+    texts = [" ".join(filter(None, cells)) for cells in zip(*queries.values(), strict=True)]
+    write_examples(
+        args.output_dir / "examples.json", evaluation, documents, kinds, texts, None if given else pairs, about=about
+    )
+    return evaluation, about
+
+
+def judged_pairs(args: argparse.Namespace, left: dict[str, str]) -> Pairs:
+    """The judged pairs: of the documents their ids alone, as the corpus has their fields."""
+    pairs = read_pairs(
+        args.test_csv, left, {args.doc_id_key: "txt"}, args.weight_key, query_id_key=args.query_id_key,
+        document_id_key=args.doc_id_key, skip_bad_rows=True, separator=args.csv_separator, dataset_type=args.dataset_type,
+    )  # fmt: skip
+    if pairs.bad_count:
+        print(
+            f"{args.test_csv}: {pairs.bad_count} bad rows skipped:", *shown(pairs.bad_rows, pairs.bad_count), sep="\n  "
+        )
+    say_contradictions(args.test_csv, pairs)
+    return pairs
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer and its preprocessing; weights that it cannot have are one line."""
+    torch.manual_seed(0)  # random weights are at least the same ones each time
+    try:
+        return create_model(
+            args.model_name, pretrained=args.pretrained, context_length=longest(args.context_length), device=device
+        )
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # what open_clip, torch and transformers raise for weights of another model or no weights
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"--pretrained {args.pretrained}: expected weights of {args.model_name}, got: {reason}"
+        ) from error
 
 
 def features(
-    args: argparse.Namespace, encoder: FieldEncoder, documents: dict[str, dict[str, str]], right: Any
+    args: argparse.Namespace, encoder: FieldEncoder, parts: made_from.Parts, documents: Documents, right: Any
 ) -> Corpus:
-    """The corpus's embeddings, from the features file if it was made from the same things."""
-    weights = Path(args.pretrained) if args.pretrained else None
-    stamp = weights.stat().st_mtime_ns if weights and weights.exists() else 0
-    made_from = [args.model_name, args.pretrained, stamp, args.context_length, args.doc_meta,
-                 Path(args.doc_meta).stat().st_mtime_ns, list(right[0].items()), list(right[1].items())]  # fmt: skip
-    made_from = json.dumps(made_from)
-    if args.features_path.exists() and not args.overwrite_feature:
+    """The corpus's embeddings: from the features file if it was made from the same things, else made again.
+
+    Raises:
+        InputError: a file that is not this evaluator's, or one given by hand that was made from other things; neither is
+            overwritten unless `--overwrite-feature` says so.
+    """
+    path = args.features_path or args.output_dir / "features.pt"
+    if path.exists() and not args.overwrite_feature:
+        keep = "--overwrite-feature replaces it, another --features-path keeps it"
         try:
-            content = torch.load(args.features_path, weights_only=True)
-            if content["made_from"] == made_from:
-                return Corpus(content["document_ids"], content["embeddings"])
-            print(f"{args.features_path}: of another model or corpus; made again")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            then, lost = content["made_from"], content.get("lost", {})
+            corpus = Corpus(content["document_ids"], content["embeddings"])
         except Exception:  # whatever torch.load says of a file that is none of ours
-            print(f"{args.features_path}: cannot be read; made again")
+            raise InputError(
+                f"{path}: expected features of this evaluator, got a file that it cannot read; {keep}"
+            ) from None
+        other = made_from.difference(then, parts) if isinstance(then, dict) else "what it was made from is not known"
+        readable = sum(image_fault(image) is None for image in lost) if not other else 0
+        if readable:
+            other = f"{readable} images that can be read now"
+        if not other:
+            print(f"{path}: used again, {len(corpus.document_ids)} documents")
+            encoder.lost.update(lost)
+            return corpus
+        if args.features_path:
+            raise InputError(f"{path}: expected features of the same model and corpus, got others: {other}; {keep}")
+        print(f"{path}: made again: {other}")
+    before = set(encoder.lost)
     corpus = embed_corpus(encoder, documents, right, batch_size=args.batch_size)
-    content = {"made_from": made_from, "document_ids": corpus.document_ids, "embeddings": corpus.embeddings.cpu()}
-    write_atomically(args.features_path, lambda new: torch.save(content, new))
+    content = {
+        "made_from": parts, "document_ids": corpus.document_ids, "embeddings": corpus.embeddings.cpu(),
+        "lost": {image: fault for image, fault in encoder.lost.items() if image not in before},
+    }  # fmt: skip
+    write_atomically(path, lambda new: torch.save(content, new))
     return corpus
 
 
-def from_files(args: argparse.Namespace) -> Evaluation:
+KINDS = ("txt", "img")
+RANKING = "retrieval.json"
+
+
+def asked(args: argparse.Namespace) -> made_from.Parts:
+    """What the command line asks for, as far as a ranking depends on it; files by their content."""
+
+    def content(path: str | None) -> str | None:
+        return made_from.digest_of_file(Path(path)) if path and Path(path).exists() else path
+
+    parts = {
+        "--test-csv": content(args.test_csv),
+        "--doc-meta": content(args.doc_meta),
+        "--pretrained": content(args.pretrained),
+    }
+    names = ("model_name", "left_keys", "right_keys", "left_weights", "right_weights", "img_or_txt", "context_length",
+             "weight_key", "doc_id_key", "query_id_key", "top_q", "top_k")  # fmt: skip
+    return parts | {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+
+
+def from_files(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
     """The metrics of a ground truth and a ranking that are there already."""
-    grades, path = read_grades(args.gt_results_path), args.output_dir / "retrieval.json"
-    found = read_json(path)
+    truth, path = args.gt_results_path or args.output_dir / NAME, args.output_dir / RANKING
+    grades, found = read_grades(truth), read_json(path)
     if not isinstance(found, dict) or not all(isinstance(of_query, dict) for of_query in found.values()):
         raise DataError(f"{path}: expected JSON {{query: {{document: score}}}}, got another structure")
+    check_ranking(args, path, truth, grades)
     if missing := [query for query in grades if query not in found]:
         print(
             f"{path}: expected a ranking for every query, got none for {len(missing)}, first '{missing[0]}'; they score 0"
         )
-    documents = list(dict.fromkeys(document for query in grades for document in found.get(query, ())))
+    documents = sorted({document for query in grades for document in found.get(query, ())}, reverse=True)
     place = {document: number for number, document in enumerate([*documents, NOTHING])}
     width = max((len(found.get(query, ())) for query in grades), default=0)
     ranking = torch.full((len(grades), width), place[NOTHING])
     for row, query in enumerate(grades):
-        # Equal scores stay in the order of the file.
-        best = sorted(found.get(query, {}).items(), key=lambda item: -item[1])
+        # Equal scores by document id, descending, as in the ranking itself.
+        best = sorted(found.get(query, {}).items(), key=lambda item: (-item[1], place[item[0]]))
         ranking[row, : len(best)] = torch.tensor([place[document] for document, _ in best], dtype=torch.int64)
-    return grade(grades, [*documents, NOTHING], ranking)
+    about = {**read_about(args.output_dir), "ground_truth": made_from.digest([grades])}
+    return grade(grades, [*documents, NOTHING], ranking), about
+
+
+def check_ranking(args: argparse.Namespace, path: Path, truth: Path, grades: Grades) -> None:
+    """Refuse a ranking that was made for other options than are given, or beside another run's ground truth."""
+    then = made_from.recorded(path)
+    if then is None:
+        print(f"{path}: nothing says what it was made from; taken as it is")
+        return
+    given = {name: value for name, value in asked(args).items() if name.lstrip("-").replace("-", "_") in args.given}
+    if other := made_from.difference({name: then.get(name) for name in given}, given):
+        raise InputError(f"{path}: expected a ranking made from the same things, got one that differs in {other}; "
+                         f"without --metric-only it is made again")  # fmt: skip
+    if then.get("ground truth") != made_from.digest([grades]):
+        if not args.gt_results_path and made_from.recorded(truth) is not None:
+            raise InputError(f"{truth}: expected the ground truth that {path.name} was made with, got that of another run; "
+                             f"without --metric-only both are made again")  # fmt: skip
+        print(f"{truth}: not the ground truth that {path.name} was made with; taken as given")
 
 
 if __name__ == "__main__":

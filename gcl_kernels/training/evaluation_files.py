@@ -1,24 +1,26 @@
-"""The files that the evaluation command writes: means, metrics of each query, the ranking, and examples for the report."""
+"""The files that the evaluation command writes: means, metrics of each query, the ranking, and what was evaluated."""
 
 from __future__ import annotations
 
 import csv
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gcl_kernels.training.errors import DataError
-from gcl_kernels.training.files import write_atomically, write_json_atomically
+from gcl_kernels.training.files import read_json, write_atomically, write_json_atomically
 from gcl_kernels.training.metrics import average_precision, ndcg, precision, recall, reciprocal_rank
-from gcl_kernels.training.ranking import Evaluation
+from gcl_kernels.training.ranking import Evaluation, mean
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 
 CUTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
 
-EXAMPLES, EXAMPLE_DOCUMENTS = 12, 8
-"""Queries, and ranks of each, in examples.json."""
+ABOUT = "evaluation.json"
+"""What was evaluated, with intervals and comparison; output.json has nothing that the GCL authors' has not."""
 
 
 def write_retrieval(path: Path, evaluation: Evaluation) -> None:
@@ -39,30 +41,12 @@ def write_retrieval(path: Path, evaluation: Evaluation) -> None:
     write_atomically(path, write)
 
 
-def write_examples(path: Path, evaluation: Evaluation, documents: Any, kinds: dict[str, str], queries: Any) -> None:
-    """What the first queries have found, with the cells of the documents, for the report."""
-    examples = []
-    for row, query in enumerate(evaluation.query_ids[:EXAMPLES]):
-        text = " ".join(cells[row] for cells in queries.values())
-        found = [
-            {
-                "id": evaluation.document_ids[position],
-                "grade": int(gain),
-                **documents[evaluation.document_ids[position]],
-            }
-            for position, gain in zip(
-                evaluation.ranking[row, :EXAMPLE_DOCUMENTS].tolist(), evaluation.gains[row].tolist(), strict=False
-            )
-        ]
-        examples.append({"query": query, "text": text, "found": found})
-    write_json_atomically(path, {"kinds": kinds, "examples": examples})
-
-
-def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with: Path | None) -> None:
-    """output.json, output.csv and per_query.csv, and a table on the screen."""
+def write_results(
+    folder: Path, evaluation: Evaluation, top_k: int, compare_with: Path | None, about: Mapping[str, Any] | None = None
+) -> None:
+    """output.json, output.csv, per_query.csv and evaluation.json, and a table on the screen."""
     gains, judged = evaluation.gains, evaluation.judged
     cuts = [k for k in CUTS if k <= top_k]
-    mean = lambda values: float(values.mean())  # noqa: E731
     last = cuts[-1]
     summary = {
         f"mAP@{last}": mean(average_precision(gains, judged, last)),
@@ -73,7 +57,7 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
         "mRBP8": evaluation.means["RBP.8"],
         "mRBP9": evaluation.means["RBP.9"],
     }
-    output: dict[str, Any] = {
+    output = {
         "mAP": {f"MAP@{k}": mean(average_precision(gains, judged, k)) for k in cuts},
         "ndcg": {f"NDCG@{k}": mean(ndcg(gains, judged, k)) for k in cuts},
         "precision": {f"P@{k}": mean(precision(gains, judged, k)) for k in cuts},
@@ -82,15 +66,14 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
         "hole": {f"Hole@{k}": mean(evaluation.holes[:, :k].sum(dim=1) / k) for k in cuts},
         "acc": {f"Accuracy@{k}": mean((gains[:, :k] > 0).any(dim=1).double()) for k in cuts},
         "summary": summary,
-        "queries": len(evaluation.query_ids),
-        "interval": {name: bootstrap_interval(values.numpy()) for name, values in evaluation.per_query.items()},
     }
+    intervals = {name: bootstrap_interval(values.numpy()) for name, values in evaluation.per_query.items()}
     write_per_query(folder / "per_query.csv", evaluation)
     other = read_per_query(compare_with / "per_query.csv") if compare_with else {}
     print(f"{'metric':<10} {'mean':>7}  95% interval" + (f"   {compare_with}, difference, p" if compare_with else ""))
-    comparison = {}
+    comparison: dict[str, Any] = {}
     for name, values in evaluation.per_query.items():
-        low, high = output["interval"][name]
+        low, high = intervals[name]
         line = f"{name:<10} {evaluation.means[name]:7.4f}  [{low:.4f}, {high:.4f}]"
         shared = [row for row, query in enumerate(evaluation.query_ids) if query in other and name in other[query]]
         if shared:
@@ -106,8 +89,16 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
     if compare_with:
         shared = sum(query in other for query in evaluation.query_ids)
         print(f"{shared} of {len(evaluation.query_ids)} queries are in both")
-        output["comparison"] = {"with": str(compare_with), **comparison}
+        theirs = read_about(compare_with).get("ground_truth")
+        if about and theirs and theirs != about["ground_truth"]:
+            print(f"{compare_with}: evaluated with another ground truth; differences are of that, too")
     write_json_atomically(folder / "output.json", output)
+    content = {
+        **(about or {}), "date": time.strftime("%Y-%m-%d %H:%M"), "queries": len(evaluation.query_ids), "interval": intervals,
+    }  # fmt: skip
+    if compare_with:
+        content["comparison"] = {"with": str(compare_with), **comparison}
+    write_json_atomically(folder / ABOUT, content, indent=1)
 
     def write(new: Path) -> None:
         with new.open("w", newline="") as file:
@@ -116,6 +107,15 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
             writer.writerow(summary)
 
     write_atomically(folder / "output.csv", write)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What the evaluation.json of an output directory says; {} where there is none."""
+    path = folder / ABOUT
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, got another structure")
+    return content
 
 
 def write_per_query(path: Path, evaluation: Evaluation) -> None:

@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gcl_kernels.training.errors import DataError
+from gcl_kernels.training.errors import DataError, InputError
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and see whether a file can be written there, before hours of work that end in one.
+
+    Raises:
+        InputError: it cannot.
+    """
+    probe = path / f".probe-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"?")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: expected a folder to write to, got '{error.strerror or error}'") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` on a file beside `path` and put it there in one step, once it is on the disk."""
+    """Call `write` on a file beside `path` and put it there in one step, once it is on the disk.
+
+    Raises:
+        InputError: there is no room for it; the half that was written is removed, and the file that was there is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".tmp")
-    write(new)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        write(new)
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+    except Exception as error:
+        free = shutil.disk_usage(path.parent).free
+        with contextlib.suppress(OSError):
+            new.unlink()
+        # torch.save says "unexpected pos" where the disk is full.
+        if free < LITTLE_ROOM or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise InputError(f"{path}: expected room for it on the disk, got {free / 2**20:.1f} MiB left") from error
+        raise
     os.replace(new, path)
     # The new name is on the disk when its folder is; where folders cannot be synced (Windows) there is nothing to do.
     with contextlib.suppress(OSError):
@@ -27,6 +57,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+LITTLE_ROOM = 1 << 20
+"""Bytes: a write that fails with less than this left on the disk has failed for it."""
 
 
 def write_json_atomically(path: Path, content: Any, *, indent: int | None = None) -> None:

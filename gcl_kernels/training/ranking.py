@@ -1,10 +1,15 @@
 """Evaluation after the GCL protocol: embed queries and documents, search exactly, grade the ranking.
 
+No result depends on the order in which a file lists documents or judged pairs. Each distinct document is embedded once, in
+an order of its own, so that equal documents have equal scores to the last bit. Equal scores are ordered by document id,
+descending, which is trec_eval's rule.
+
 The command line, with the flags and files of the GCL authors' evaluator, is `gcl_kernels.training.evaluate`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +19,9 @@ from torch import Tensor
 import gcl_kernels
 from gcl_kernels.training.data import Pairs
 from gcl_kernels.training.encode import FieldEncoder
-from gcl_kernels.training.errors import DataError
+from gcl_kernels.training.errors import DataError, InputError
 from gcl_kernels.training.metrics import all_metrics
+from gcl_kernels.training.progress import Progress
 
 
 @dataclass
@@ -69,26 +75,44 @@ def embed(
     weights: Mapping[str, float],
     *,
     batch_size: int = 512,
+    progress: str = "queries",
 ) -> Tensor:
     """Embed one side, batch by batch: encode each field, then `gcl_kernels.aggregate_fields`.
+
+    Rows with the same cells are embedded once, and batches are made in the order of the cells: what a batched encoder
+    makes of a row differs in the last bits by the rows beside it, so the order of the rows would show otherwise.
 
     Args:
         fields: `{field: N cells}`; a row needs at least one value.
         kinds, weights: `{field: "txt" or "img"}` and `{field: weight}`.
+        progress: what the rows are, in the line that says how far the work is.
 
     Returns:
         (N, D) of unit length, float32.
     """
-    rows = len(next(iter(fields.values())))
+    columns = list(fields.values())
+    row_of = lambda number: tuple(column[number] for column in columns)  # noqa: E731
+    order = sorted(range(len(columns[0])), key=row_of)
+    new = [place == 0 or row_of(order[place - 1]) != row_of(row) for place, row in enumerate(order)]
+    rows = torch.tensor(order)
+    group = torch.tensor(new).cumsum(0) - 1  # of each place in the order, the number of its distinct row
+    distinct: list[int] = rows[torch.tensor(new)].tolist()
     was_training = encoder.model.training
     encoder.model.eval()
-    parts = []
-    for start in range(0, rows, batch_size):
-        batch = {key: cells[start : start + batch_size] for key, cells in fields.items()}
-        embeddings, mask = encoder(batch, kinds)
-        parts.append(gcl_kernels.aggregate_fields(embeddings, weights, mask=mask).float())
+    embeddings = torch.empty(0)
+    with Progress(progress, len(distinct)) as done:
+        for start in range(0, len(distinct), batch_size):
+            batch = distinct[start : start + batch_size]
+            cells = {key: [column[row] for row in batch] for key, column in fields.items()}
+            encoded, mask = encoder(cells, kinds)
+            vectors = gcl_kernels.aggregate_fields(encoded, weights, mask=mask).float()
+            if start == 0:
+                embeddings = vectors.new_empty(len(order), vectors.shape[1])
+            first, last = torch.searchsorted(group, torch.tensor([start, start + len(batch)])).tolist()
+            embeddings[rows[first:last].to(vectors.device)] = vectors[(group[first:last] - start).to(vectors.device)]
+            done.add(len(batch))
     encoder.model.train(was_training)
-    return torch.cat(parts)
+    return embeddings
 
 
 def search(
@@ -97,10 +121,11 @@ def search(
     """Exact search by inner product: positions and scores of the k best documents of each query, (Q, min(k, M)) each.
 
     Best first; equal scores are ordered by position. queries (Q, D) and documents (M, D) are finite. At most `query_chunk` x
-    (k + `document_chunk`) scores exist at a time, never Q x M.
+    (k + `document_chunk`) scores exist at a time, never Q x M. They are computed in float64 and rounded to the queries'
+    type: in float32 the last bits of equal documents' scores differ by where they lie in a chunk.
     """
     if not (queries.isfinite().all() and documents.isfinite().all()):
-        raise ValueError("expected finite embeddings, got NaN or infinity: training has probably diverged")
+        raise InputError("expected finite embeddings, got NaN or infinity: training has probably diverged")
     found, found_scores = [], []
     for part in queries.split(query_chunk):
         scores = part.new_empty(len(part), 0)
@@ -108,7 +133,7 @@ def search(
         for start in range(0, len(documents), document_chunk):
             chunk = documents[start : start + document_chunk]
             here = torch.arange(start, start + len(chunk), device=part.device).expand(len(part), -1)
-            scores = torch.cat([scores, part @ chunk.T], dim=1)
+            scores = torch.cat([scores, (part.double() @ chunk.double().T).to(part.dtype)], dim=1)
             positions = torch.cat([positions, here], dim=1)
             # topk does not say how it orders equal scores; a stable sort keeps the earlier document first.
             best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -124,7 +149,10 @@ Side = tuple[Mapping[str, str], Mapping[str, float]]
 
 @dataclass
 class Corpus:
-    """The M documents that can be found: their ids and their embeddings (M, D) of unit length."""
+    """The M documents that can be found: their ids and their embeddings (M, D) of unit length.
+
+    Documents of equal scores are ranked in this order; `embed_corpus` sorts them by id, descending.
+    """
 
     document_ids: list[str]
     embeddings: Tensor
@@ -134,11 +162,12 @@ def embed_corpus(
     encoder: FieldEncoder, documents: Mapping[str, Mapping[str, str]], right: Side, *, batch_size: int = 512
 ) -> Corpus:
     """Embed documents `{id: {field: value}}`. One without any value cannot be embedded, and so cannot be found."""
-    document_ids = [identity for identity, values in documents.items() if any(values[key] for key in right[0])]
+    found_ids = (identity for identity, values in documents.items() if any(values[key] for key in right[0]))
+    document_ids = sorted(found_ids, reverse=True)
     if not document_ids:
         raise DataError(f"expected a document with a value in one of {list(right[0])}, got none among {len(documents)}")
     cells = {key: [documents[identity][key] for identity in document_ids] for key in right[0]}
-    embeddings = embed(encoder, cells, *right, batch_size=batch_size)
+    embeddings = embed(encoder, cells, *right, batch_size=batch_size, progress="documents")
     # One whose only value is an image that could not be read has no direction either.
     found = (embeddings != 0).any(dim=1)
     if not found.all():
@@ -153,14 +182,50 @@ def evaluate(
 
     Args:
         pairs: the judged pairs; their scores become grades by `minmax_grades`, over the whole file. Of a pair
-            that occurs twice the last score counts.
+            that occurs twice the highest score counts.
         corpus: see `embed_corpus`; for the documents of `pairs` themselves, of `corpus_of`.
     """
-    query_rows = {identity: row for row, identity in reversed(list(enumerate(pairs.query_ids)))}
-    query_ids = sorted(query_rows, key=query_rows.__getitem__)
-    queries = {key: [cells[query_rows[identity]] for identity in query_ids] for key, cells in pairs.left.items()}
+    query_rows = fullest_rows(pairs.query_ids, pairs.left)
+    queries = {key: [cells[row] for row in query_rows.values()] for key, cells in pairs.left.items()}
     found, scores = search(embed(encoder, queries, *left, batch_size=batch_size), corpus.embeddings, top_k)
-    return grade(grades_of(pairs, query_ids), corpus.document_ids, found.cpu(), scores.cpu())
+    return grade(grades_of(pairs, list(query_rows)), corpus.document_ids, found.cpu(), scores.cpu())
+
+
+def fullest_rows(ids: Sequence[str], fields: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """The row that stands for each id, `{id: row}`, by the id's first row: the one with the most values.
+
+    Of several such rows it is that with the smallest cells, so that the order of the rows does not matter.
+    """
+
+    def place(row: int) -> tuple[int, list[str]]:
+        cells = [column[row] for column in fields.values()]
+        return sum(not cell for cell in cells), cells
+
+    rows: dict[str, int] = {}
+    for row, identity in enumerate(ids):
+        if identity not in rows or place(row) < place(rows[identity]):
+            rows[identity] = row
+    return rows
+
+
+def say_contradictions(path: str, pairs: Pairs) -> None:
+    """Say in one line each: pairs with several scores, and queries whose rows have several texts."""
+    scores: dict[tuple[str, str], float] = {}
+    several: dict[tuple[str, str], None] = {}
+    for query, document, score in zip(pairs.query_ids, pairs.document_ids, pairs.scores, strict=True):
+        if scores.setdefault((query, document), score) != score:
+            several[query, document] = None
+    if several:
+        first = " and ".join(f"'{identity}'" for identity in min(several))
+        print(f"{path}: expected one score for a pair, got more for {len(several)}, first {first}; the highest counts")
+    texts: dict[str, set[tuple[str, ...]]] = {}
+    for query, cells in zip(pairs.query_ids, zip(*pairs.left.values(), strict=True), strict=True):
+        texts.setdefault(query, set()).add(cells)
+    if different := [query for query, cells in texts.items() if len(cells) > 1]:
+        print(
+            f"{path}: expected the same cells in all rows of a query, got others for {len(different)}, first "
+            f"'{min(different)}'; the fullest row counts"
+        )
 
 
 def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> None:
@@ -181,12 +246,9 @@ def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> No
 
 
 def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:
-    """The documents of the pairs themselves, `{id: {field: value}}`, in the order of their first row."""
-    corpus: dict[str, dict[str, str]] = {}
-    for row, identity in enumerate(pairs.document_ids):
-        if identity not in corpus:
-            corpus[identity] = {key: cells[row] for key, cells in pairs.right.items()}
-    return corpus
+    """The documents of the pairs themselves, `{id: {field: value}}`, each of its fullest row."""
+    rows = fullest_rows(pairs.document_ids, pairs.right)
+    return {identity: {key: cells[row] for key, cells in pairs.right.items()} for identity, row in rows.items()}
 
 
 Grades = Mapping[str, Mapping[str, int]]
@@ -194,11 +256,11 @@ Grades = Mapping[str, Mapping[str, int]]
 
 
 def grades_of(pairs: Pairs, query_ids: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The ground truth of pairs for some of their queries: `minmax_grades` over the whole file."""
+    """The ground truth of pairs for some of their queries: `minmax_grades` over the whole file, the highest of a pair."""
     grades: dict[str, dict[str, int]] = {identity: {} for identity in query_ids}
     for query, document, gain in zip(pairs.query_ids, pairs.document_ids, minmax_grades(pairs.scores), strict=True):
         if query in grades:
-            grades[query][document] = gain
+            grades[query][document] = max(gain, grades[query].get(document, 0))
     return grades
 
 
@@ -221,13 +283,18 @@ def grade(grades: Grades, document_ids: list[str], ranking: Tensor, scores: Tens
     known = {document for of_query in grades.values() for document in of_query} | {NOTHING}
     holes = torch.tensor([document not in known for document in document_ids])[ranking]
     per_query = all_metrics(gains, judged)
-    means = {name: float(values.mean()) for name, values in per_query.items()}
+    means = {name: mean(values) for name, values in per_query.items()}
     return Evaluation(list(grades), document_ids, ranking, gains, judged, holes, per_query, means, scores)
+
+
+def mean(values: Tensor) -> float:
+    """The mean of (Q,) values, rounded once, so that it is the same in whatever order they come."""
+    return math.fsum(values.tolist()) / len(values)
 
 
 def random_ranking(pairs: Pairs, document_ids: list[str], *, top_k: int = 1000, seed: int = 0) -> Evaluation:
     """Every query's documents in a random order: the level below which nothing has been learnt."""
     generator = torch.Generator().manual_seed(seed)
-    query_ids = list(dict.fromkeys(pairs.query_ids))
+    query_ids = sorted(set(pairs.query_ids))
     order = [torch.randperm(len(document_ids), generator=generator)[:top_k] for _ in query_ids]
     return grade(grades_of(pairs, query_ids), document_ids, torch.stack(order))

@@ -2,29 +2,30 @@
 
     python -m gcl_kernels.training.report --runs results/clip results/gcl --training logs/clip logs/gcl --out report.png
 
-Shows, of output directories of `gcl_kernels.training.evaluate`: every metric with its 95% interval; of the first two runs
-each query's difference, worst to best; learning curves of training folders; and what some queries retrieve, with images and
-grades.
+Shows, of output directories of `gcl_kernels.training.evaluate`: what was evaluated; every metric with its 95% interval; of
+the first two runs each query's difference, worst to best; learning curves of training folders; and what the best, the median,
+the worst and some random queries retrieve, or those that `--queries` names, with images and grades as they were given.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gcl_kernels.training.data import load_image
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.evaluation_files import read_per_query
+from gcl_kernels.training.evaluation_files import read_about, read_per_query
 from gcl_kernels.training.files import read_json
 from gcl_kernels.training.metrics import NAMES
+from gcl_kernels.training.report_examples import choose, draw_examples, read_examples
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 
-QUERIES_SHOWN = 4
 COLOURS = ("#3b82d6", "#1a7f37", "#c9733e", "#8250df", "#b8b8b8")
 WIN, LOSS = "#1a7f37", "#c9443e"
 
@@ -40,33 +41,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--training", nargs="*", default=[], type=Path, metavar="DIR", help="LOGS/NAME of training runs"
     )
-    parser.add_argument("--metric", choices=NAMES, default="NDCG@10", help="of the differences")
+    parser.add_argument("--metric", choices=NAMES, default="NDCG@10", help="of the differences, and of best and worst")
+    parser.add_argument("--queries", nargs="+", metavar="QUERY",
+                        help="the queries to show, by text or id, or how many to draw; default: the best, the median, the worst "
+                        "and three drawn at random")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("report.png"), metavar="FILE", help="a PNG, PDF or SVG file")
     args = parser.parse_args(argv)
     try:
-        draw(args.runs, args.training, args.metric, args.out)
+        draw(args.runs, args.training, args.metric, args.out, args.queries)
     except InputError as error:
         print(error, file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:  # matplotlib's, for an ending that it cannot write
+        print(f"--out {args.out}: {error}", file=sys.stderr)
         return 2
     print(args.out)
     return 0
 
 
-def draw(runs: Sequence[Path], training: Sequence[Path], metric: str, path: Path) -> None:
+def draw(
+    runs: Sequence[Path], training: Sequence[Path], metric: str, path: Path, queries: Sequence[str] | None = None
+) -> None:
     """Draw the report of the runs into a file."""
     from matplotlib.figure import Figure
 
     per_query = {run.name: read_per_query(run / "per_query.csv") for run in runs}
-    examples = {run.name: read_json(run / "examples.json") for run in runs if (run / "examples.json").exists()}
+    about = {run.name: read_about(run) for run in runs}
     curves = {folder.name: read_json(folder / "results.json") for folder in training}
     if len(per_query) < len(runs) or len(curves) < len(training):
         raise InputError("--runs, --training: expected folders of different names")
+    examples = {}
+    for run in runs:
+        file = run / "examples.json"
+        if file.exists() and (content := read_examples(file, about[run.name].get("ground_truth"))):
+            examples[run.name] = content
+    if queries and not examples:
+        raise InputError("--queries: expected examples.json in a run's folder, got none")
+    chosen = choose(examples, per_query, metric, queries) if examples else {}
 
-    shown = QUERIES_SHOWN if examples else 0
-    lines = shown * len(examples)
-    figure = Figure(figsize=(15, 5.2 + (1.5 * lines + 0.6 * shown if lines else 0)), dpi=100, layout="constrained")
-    heights = [5.2, max(1.5 * lines + 0.6 * shown, 0.01)]
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights) if lines else (figure, None)
+    described = (description(run, about[run], len(per_query[run])) for run in per_query)
+    lines = [line for text in described for line in textwrap.wrap(text, 190, subsequent_indent="    ")]
+    heights = [5.0 + 0.25 * len(lines), 0.7 + len(chosen) * (0.45 + 1.45 * len(examples))]
+    figure = Figure(figsize=(15, sum(heights[: 1 + bool(chosen)])), dpi=100, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights) if chosen else (figure, None)
+    top.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left", parse_math=False)
     panels = 1 + (len(runs) > 1) + bool(curves)
     axes = list(top.subplots(1, panels, squeeze=False)[0])
     draw_metrics(axes.pop(0), per_query)
@@ -75,9 +93,24 @@ def draw(runs: Sequence[Path], training: Sequence[Path], metric: str, path: Path
     if curves:
         draw_curves(axes.pop(0), curves)
     if bottom is not None:
-        draw_examples(bottom, examples, shown)
+        draw_examples(bottom, examples, chosen, metric, per_query)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        # Texts in scripts that the font lacks: their boxes show it well enough.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path)
+
+
+def description(run: str, about: dict[str, Any], queries: int) -> str:
+    """A run in a line: data set, model, checkpoint, step, date, and which queries."""
+    if not about.get("test_csv"):
+        return f"{run}: {queries} queries; of which model and data nothing is known"
+    step = f", step {about['step']}" if about.get("step") is not None else ""
+    of = f" of {about['queries_in_file']}, {about['queries_are']}" if queries != about.get("queries_in_file") else ""
+    return (
+        f"{run}: {about['test_csv']} against {about['doc_meta']} ({about['documents']} documents), {queries} queries{of}; "
+        f"{about['model']}, {about['pretrained'] or 'random weights'}{step}; {about.get('date', 'no date')}"
+    )
 
 
 def draw_metrics(axes: Any, per_query: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -94,7 +127,8 @@ def draw_metrics(axes: Any, per_query: dict[str, dict[str, dict[str, float]]]) -
     axes.set(xticks=range(len(NAMES)), ylim=(0, None))
     axes.set_title("Means over queries, 95% bootstrap intervals", fontsize=11)
     axes.set_xticklabels(NAMES, rotation=35, ha="right")
-    axes.legend(frameon=False)
+    # Above the bars, not on them.
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06), ncol=2, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -139,51 +173,6 @@ def draw_curves(axes: Any, curves: dict[str, dict[str, Any]]) -> None:
     if second is not None:
         second.set(ylabel="NDCG@10, mean of the test sets", ylim=(0, None))
         second.spines["top"].set_visible(False)
-
-
-def draw_examples(figure: Any, examples: dict[str, dict[str, Any]], count: int) -> None:
-    """What the first queries of the first run retrieve in every run: images or texts, framed by grade."""
-    runs = list(examples)
-    of_query = {run: {example["query"]: example for example in examples[run]["examples"]} for run in runs}
-    queries = [query for query in of_query[runs[0]] if all(query in of_query[run] for run in runs)][:count]
-    if not queries:
-        return
-    columns = max(len(of_query[run][query]["found"]) for run in runs for query in queries)
-    grid = figure.subplots(len(queries) * len(runs), columns, squeeze=False)
-    for line, (query, run) in enumerate((query, run) for query in queries for run in runs):
-        example, kinds = of_query[run][query], examples[run]["kinds"]
-        for rank, axes in enumerate(grid[line]):
-            axes.set(xticks=[], yticks=[])
-            if rank >= len(example["found"]):
-                axes.axis("off")
-                continue
-            draw_document(axes, example["found"][rank], kinds)
-        grid[line, 0].set_ylabel(f"{example['text'][:24]}\n{run[:24]}", rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle("First ranks; the number is the grade, 0 not judged", fontsize=11)
-
-
-def draw_document(axes: Any, document: dict[str, Any], kinds: dict[str, str]) -> None:
-    image = next((document[key] for key, kind in kinds.items() if kind == "img" and document.get(key)), None)
-    text = next((document[key] for key, kind in kinds.items() if kind == "txt" and document.get(key)), document["id"])
-    try:
-        if image:
-            axes.imshow(load_image(image))
-    except Exception:  # a picture for people: what cannot be decoded is shown by its text
-        image = None
-    if not image:
-        axes.text(0.5, 0.5, wrapped(str(text)), ha="center", va="center", fontsize=7, transform=axes.transAxes)
-    grade = document["grade"]
-    colour = WIN if grade >= 60 else "#e0a100" if grade >= 10 else "#c9733e" if grade else "#b8b8b8"
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=2.5)
-    axes.set_xlabel(str(grade), fontsize=8, color=colour, labelpad=1)
-
-
-def wrapped(text: str, width: int = 16, lines: int = 5) -> str:
-    import textwrap
-
-    # matplotlib takes dollars for mathematics.
-    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:lines])
 
 
 if __name__ == "__main__":

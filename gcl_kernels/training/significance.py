@@ -19,7 +19,8 @@ def bootstrap_interval(values: Values, *, confidence: float = 0.95, seed: int = 
     """
     from scipy.stats import bootstrap
 
-    array = np.asarray(values, dtype=np.float64)
+    # Resamples are drawn by place: sorted, the values give the same interval in whatever order they come.
+    array = np.sort(np.asarray(values, dtype=np.float64))
     if len(array) == 0:
         raise ValueError("values: expected at least one, got none")
     if np.ptp(array) == 0:
@@ -39,7 +40,7 @@ def paired_test(ours: Values, theirs: Values, *, seed: int = 0) -> float:
     """
     from scipy.stats import permutation_test
 
-    difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    difference = np.sort(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))
     if len(difference) < 2 or not difference.any():
         return 1.0
     result = permutation_test(

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from gcl_kernels.training.ranking import (
     known_documents,
     minmax,
     random_ranking,
+    say_contradictions,
 )
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.tracking import Tracker
@@ -108,8 +109,8 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     left_weights = dict(zip(args.left_keys, args.left_weights, strict=True))
     right_weights = dict(zip(args.right_keys, args.right_weights, strict=True))
 
-    def read(path: str) -> PairFile:
-        pairs = pair_file(args, path, check_images=args.check_images)
+    def read(path: str, *, ids_alone: bool = False) -> PairFile:
+        pairs = pair_file(args, path, check_images=args.check_images, ids_alone=ids_alone)
         if group.first:
             queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
             print(f"{path}: {len(pairs)} pairs, {queries} queries, {documents} documents")
@@ -125,7 +126,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
     metas = dict(zip(args.val_data, args.doc_meta, strict=False))
     for path in args.val_data if group.first else ():
         try:
-            tests[path] = read(path).take()
+            tests[path] = read(path, ids_alone=path in metas and args.doc_id_key is not None).take()
         except EmptyError as error:
             print(f"{error}; passed over")
             continue
@@ -137,6 +138,7 @@ def train_in(group: processes.Processes, args: argparse.Namespace) -> Run:
                 else corpus_of(tests[path])
             )
         known_documents(path, tests[path], corpora[meta])
+        say_contradictions(path, tests[path])
 
     scores, ids, sampler = training_rows(args, pairs, group.world)
     steps = args.epochs * sampler.batches_per_epoch if args.steps is None else args.steps
@@ -403,10 +405,13 @@ def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
 
 
-def pair_file(args: argparse.Namespace, path: str, *, check_images: str) -> PairFile:
-    """One of the run's files."""
+def pair_file(args: argparse.Namespace, path: str, *, check_images: str, ids_alone: bool = False) -> PairFile:
+    """One of the run's files; of its documents the ids alone where a corpus has their fields, as in `evaluate`."""
+    columns = columns_of(args)
+    if ids_alone:
+        columns = replace(columns, right={args.doc_id_key: "txt"})
     return PairFile(
-        path, columns_of(args), separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
+        path, columns, separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
         skip_bad_rows=args.skip_bad_rows,
     )  # fmt: skip
 
