@@ -58,7 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--context-length", type=parse_list,
                        help="[[77], [0, 77]]; the largest counts, 0 is the model's own; default: as trained")  # fmt: skip
     model.add_argument("--weight-key", "--weight_key",
-                       help="column of the score; default: as trained, else every judged pair has grade 1; '' for none")  # fmt: skip
+                       help="column of the score; default: as trained, else all judged pairs have grade 1; '' for none"
+                       )  # fmt: skip
     model.add_argument("--doc-id-key", help="default: as trained, else product_id")
     model.add_argument("--query-id-key",
                        help="default: as trained, else the left columns, each followed by _{!@#~}_")  # fmt: skip
