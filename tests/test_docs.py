@@ -196,7 +196,7 @@ def test_a_command_takes_its_arguments(words):
             parser.parse_known_args(arguments)
 
 
-HARNESS = ("gcl_kernels.training", "gcl_kernels.training.evaluate", "gcl_kernels.training.experiments")
+HARNESS = tuple(f"gcl_kernels.training{name}" for name in ("", ".evaluate", ".experiments", ".report"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

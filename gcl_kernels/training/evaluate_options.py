@@ -33,16 +33,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Options may be written with dashes or underscores.",
     )  # fmt: skip
     data = parser.add_argument_group("data")
-    data.add_argument("--test-csv", "--val-data", metavar="FILE", help="judged pairs: CSV, TSV, Parquet or webdataset")
+    data.add_argument(
+        "--test-csv", "--test_csv", "--val-data", metavar="FILE", help="judged pairs: CSV, TSV, Parquet or webdataset"
+    )
     data.add_argument("--doc-meta", metavar="FILE", help="JSON {id: {field: value}}, the corpus")
     data.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
     data.add_argument("--dataset-type", choices=("auto", "csv", "parquet", "webdataset"), default="auto",
                       help="auto: by the file's ending")  # fmt: skip
-    data.add_argument("--gt-results-path", type=Path, metavar="FILE",
+    data.add_argument("--gt-results-path", "--gt_results_path", type=Path, metavar="FILE",
                       help="ground truth to use if it is there, never overwritten; where to write it otherwise")  # fmt: skip
 
     model = parser.add_argument_group("model; what is left out is as the checkpoint was trained, if it says so")
-    model.add_argument("--model-name", "--model", help="default: as trained, else ViT-B-32")
+    model.add_argument("--model-name", "--model_name", "--model", help="default: as trained, else ViT-B-32")
     model.add_argument("--pretrained", help="open_clip's tag or a checkpoint file; default: random weights")
     model.add_argument("--left-keys", type=parse_list, help="columns of the query; default: as trained, else text")
     model.add_argument("--right-keys", type=parse_list,
@@ -55,8 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        "trained, else img where the name contains 'image' or 'img'")  # fmt: skip
     model.add_argument("--context-length", type=parse_list,
                        help="[[77], [0, 77]]; the largest counts, 0 is the model's own; default: as trained")  # fmt: skip
-    model.add_argument("--weight-key", help="column of the score; default: as trained, else every judged pair has grade 1; "
-                       "'' for none")  # fmt: skip
+    model.add_argument("--weight-key", "--weight_key",
+                       help="column of the score; default: as trained, else all judged pairs have grade 1; '' for none"
+                       )  # fmt: skip
     model.add_argument("--doc-id-key", help="default: as trained, else product_id")
     model.add_argument("--query-id-key",
                        help="default: as trained, else the left columns, each followed by _{!@#~}_")  # fmt: skip
@@ -67,7 +70,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                      "(default 2000)")  # fmt: skip
     run.add_argument("--top-k", type=positive(int), default=1000, help="documents ranked for each query (default 1000)")
     run.add_argument("--batch-size", type=positive(int), default=256, help="rows embedded at a time (default 256)")
-    run.add_argument("--num-workers", "--workers", type=whole, default=4, help="threads that decode images (default 4)")
+    run.add_argument(
+        "--num-workers",
+        "--num_workers",
+        "--workers",
+        type=whole,
+        default=4,
+        help="threads that decode images (default 4)",
+    )
     run.add_argument("--metric-only", **FLAG, help="only metrics, of gt_results.json and retrieval.json")
     run.add_argument("--run-queries-cpu", **FLAG, help="search on the CPU")
 
@@ -110,6 +120,6 @@ FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": p
 
 
 def with_dashes(text: str) -> str:
-    """`--weight_key=my_score` as `--weight-key=my_score`."""
+    """An option as its parser stores it, whatever it is written with: `--left_keys=my_query` as `--left-keys=my_query`."""
     name, equals, value = text.partition("=")
     return f"{name.replace('_', '-')}{equals}{value}" if text.startswith("--") else text
