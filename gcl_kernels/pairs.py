@@ -34,8 +34,8 @@ def cols(check: Check) -> dict[str, Any]:
 class Pairs:
     """Rows of lhs against rows of rhs.
 
-    A new input is a field here. `lse` offers it to users, and both backends' `modify` use it. Everything between (the check, the
-    operator, the ranks) reads the fields.
+    A new input is a field here. `lse` offers it to users; `backends.terms` gives it a tile's units, `operands` makes vectors of
+    it for Triton, and both backends' `modify` use it. Everything between (the check, the operator, the ranks) reads the fields.
     """
 
     lhs: Tensor  # (N, D)

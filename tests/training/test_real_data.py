@@ -62,7 +62,7 @@ def test_chorus_ratings_are_evaluated_by_the_command_line(tmp_path):
     argv += [f"--model_name={TINY_MODEL}", "--weight_key=rating", "--left-keys=query", "--right-keys=title"]
     argv += ["--right-weights=1", "--img-or-txt=txt;txt", f"--output-dir={tmp_path}"]
     assert evaluate(argv) == 0
-    assert json.loads((tmp_path / "output.json").read_text())["queries"] == 27
+    assert json.loads((tmp_path / "evaluation.json").read_text())["queries"] == 27
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason=f"the emoji images are not in {EMOJI}")

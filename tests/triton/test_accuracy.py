@@ -172,6 +172,24 @@ def assert_line_accurate(actual, batch, by_row):
     assert_accurate(actual, batch, names=(line, "positive", *NAMES[3:]), **outputs)
 
 
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs", "rhs_to_lhs"])
+@pytest.mark.parametrize("hidden", [[3, 30], range(50)], ids=["two", "all"])
+def test_a_bias_of_minus_infinity_hides_a_column(directions, hidden):
+    """Also where gradients are formed in one pass, whose references are bounds of the logits."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 16, generator=g).to(DEVICE).requires_grad_() for n in (40, 50))
+    bias = torch.zeros(50, device=DEVICE)
+    bias[list(hidden)] = -math.inf
+    labels = torch.full((40,), -1, device=DEVICE) if len(hidden) == 50 else torch.arange(40, device=DEVICE).clamp(4, 29)
+    options = {"labels": labels, "rhs_bias": bias, "directions": directions}
+    results = [
+        torch.autograd.grad(gcl_loss(x, y, 3.0, backend=backend, **options), (x, y)) for backend in ("triton", "torch")
+    ]
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 SMALL = [c for c in configurations() if max(c.forward.sides) < 128 and not c.forward.one_exponential]
 
 

@@ -115,7 +115,7 @@ def backward(
                 lines=(from_line(row_line, rows.start), from_line(col_line, cols.start), middle),
                 gradient=x.block(gradient, tile.rows, tile.stored_cols),
                 FITS="one_exponential_is_exact" if middle is not None and tile.one_exponential else None,
-                GRADIENT="gradient" if x.sign is None else "clamped_gradient",
+                GRADIENT="clamped_gradient" if x.limited else "gradient",
                 HALVES=tile.halves,
             )
             gradient = gradient.to(x.lhs.dtype)

@@ -1,13 +1,13 @@
 """Masks and additive terms of the logits, the same in both passes: one function and one position of `terms` each.
 
 `terms` is a tuple with a fixed position for every term, None where a term is absent. Triton resolves `is None` when it
-compiles, so that an absent term costs nothing. A term is pairs of pointers, one to (n..) numbers of rows and one to (m..) of
-columns, padded to whole tiles; `operands.terms_of` makes them.
+compiles, so that an absent term costs nothing. The first is a number for the others. These are pairs of pointers, one to (n..)
+numbers of rows and one to (m..) of columns, padded to whole tiles, in the order of `operands.terms_of`.
 
-    0  ids: a pair a channel, int32, `operands.compress_ids`
-    1  limits: one pair, float32, either of them None; in units of the logits times `sign`
-    2  bias: one pair (None, p_right), float32, base 2
-    3  sign: a pointer to the sign of logit_scale, float32; only beside limits
+    0  a pointer to the sign of logit_scale, float32; only beside limits
+    1  ids: a pair a channel, int32, `operands.compress_ids`
+    2  limits: one pair, float32, either of them None; in units of the logits times the sign
+    3  bias: one pair (None, p_right), float32, base 2
 
 A mask never reaches a positive: the kernels read positives before and put them back. An additive term is part of `modify` and of
 `modify_positive`, which does to a positive's logit what it does to the tile's. A mask that compares logits may decide otherwise
@@ -29,20 +29,20 @@ from .tiles import in_narrow_parts
 @triton.jit
 def modify(b_s, terms, place):
     """The logits of a tile with every term that is there."""
-    if terms[0] is not None:
-        b_s = in_narrow_parts(b_s, hide_equal_ids, (terms[0], place[0]), place[1])
     if terms[1] is not None:
-        b_s = in_narrow_parts(b_s, hide_above_limits, (terms[1][0], tl.load(terms[3]), place[0]), place[1])
-    if terms[2] is not None:  # after the limits, which are of similarities
-        b_s = in_narrow_parts(b_s, add_bias, terms[2][0][1], place[1])
+        b_s = in_narrow_parts(b_s, hide_equal_ids, (terms[1], place[0]), place[1])
+    if terms[2] is not None:
+        b_s = in_narrow_parts(b_s, hide_above_limits, (terms[2][0], tl.load(terms[0]), place[0]), place[1])
+    if terms[3] is not None:  # after the limits, which are of similarities
+        b_s = in_narrow_parts(b_s, add_bias, terms[3][0][1], place[1])
     return b_s
 
 
 @triton.jit
 def modify_positive(b_positive, terms, b_label, m_inside):
     """Base-2 logits of positives in the columns b_label of the chunk, with every additive term."""
-    if terms[2] is not None:
-        b_positive += tl.load(terms[2][0][1] + b_label, mask=m_inside, other=0.0)
+    if terms[3] is not None:
+        b_positive += tl.load(terms[3][0][1] + b_label, mask=m_inside, other=0.0)
     return b_positive
 
 

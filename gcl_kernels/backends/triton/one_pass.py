@@ -62,8 +62,8 @@ def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need, *, joined: 
     norms = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float32) for v in (own, other)]
     reference = x.scale[0].abs() * norms[0] * norms[1].max() - HEADROOM
     bias = bias2(pairs, torch.float32)
-    if bias is not None:
-        reference += bias.max() if by_row else bias
+    if bias is not None:  # -inf hides a column, whose reference stays finite
+        reference += (bias.max() if by_row else bias).nan_to_num(neginf=0.0)
     for lines in slices(len(own), chunk):
         rows, cols = (lines, slice(0, x.m)) if by_row else (slice(0, x.n), lines)
         e = workspace[: rows.stop - rows.start, : cols.stop - cols.start]

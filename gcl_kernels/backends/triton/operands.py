@@ -56,6 +56,11 @@ class Operands:
         )
 
     @property
+    def limited(self) -> bool:
+        """Whether pairs are hidden by their similarity."""
+        return self.sign is not None
+
+    @property
     def n(self) -> int:
         return self.lhs.shape[0]
 
@@ -75,7 +80,7 @@ class Operands:
             "strides": (lhs.stride(0), rhs.stride(0), 0 if written is None else written.stride(0)),
             "scale": self.scale,
             "p_labels": None if self.labels is None else self.labels[rows.start :],
-            "terms": (*(None if x is None else in_chunk(x, rows, cols) for x in self.terms), self.sign),
+            "terms": (self.sign, *(None if x is None else in_chunk(x, rows, cols) for x in self.terms)),
             "n": lhs.shape[0],
             "m": rhs.shape[0],
             "d": lhs.shape[1],
@@ -91,7 +96,7 @@ class Operands:
 
 
 def terms_of(pairs: Pairs) -> tuple[Term | None, ...]:
-    """`modify`'s, in its order; None for one that is absent."""
+    """`modify`'s after the sign, in its order; None for one that is absent."""
     ids = None
     if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
         ids = tuple(zip(*compress_ids(pairs.lhs_ids, pairs.rhs_ids), strict=True))
