@@ -120,7 +120,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def write_per_query(path: Path, evaluation: Evaluation) -> None:
     def write(new: Path) -> None:
-        with new.open("w", encoding="utf-8", newline="") as file:
+        with new.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["query", *evaluation.per_query])
             for query, values in evaluation.rows().items():

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,9 @@ LITTLE_ROOM = 1 << 20
 
 
 def write_json_atomically(path: Path, content: Any, *, indent: int | None = None) -> None:
-    """JSON in UTF-8, ending with a newline."""
+    """JSON in UTF-8, ending with a newline. Half a surrogate pair, which UTF-8 has not, is escaped, as JSON may."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
     write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 

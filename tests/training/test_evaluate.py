@@ -112,6 +112,13 @@ def test_diverged_weights_are_one_line(files, capsys):
     )
 
 
+def test_text_that_utf_8_has_not_loses_no_metric(files):
+    rewrite(files / "corpus.json", "a blue square", "a blue \\ud83d square \U0001f642")
+    assert evaluate(files) == 0
+    documents = json.loads((files / "out" / "examples.json").read_text(encoding="utf-8"))["documents"]
+    assert documents["2"]["title"] == "a blue \ud83d square \U0001f642"
+
+
 def test_a_comparison_with_another_ground_truth_says_so(files, capsys):
     assert evaluate(files) == 0
     assert evaluate(files, "--weight-key=", "--compare-with", str(files / "out"), out="b") == 0
