@@ -5,21 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gcl_kernels.training.errors import DataError
 
+PAUSES = (0.05, 0.2, 1.0)
+"""Seconds between attempts to put a file where another program may just be reading the one before."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` on a file beside `path` and put it there in one step, once it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".tmp")
-    write(new)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        write(new)
+        # Windows flushes no file that is open for reading alone.
+        with new.open("r+b") as file:
+            os.fsync(file.fileno())
+        replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
     # The new name is on the disk when its folder is; where folders cannot be synced (Windows) there is nothing to do.
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
@@ -27,6 +37,18 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace(new: Path, path: Path) -> None:
+    """`os.replace`, which Windows refuses for as long as another program has `path` open."""
+    for pause in (*PAUSES, None):
+        try:
+            os.replace(new, path)
+            return
+        except PermissionError:
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 def write_json_atomically(path: Path, content: Any, *, indent: int | None = None) -> None:
