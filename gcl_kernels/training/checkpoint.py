@@ -8,7 +8,6 @@ trainer read; `gcl_kernels` beside them holds what an exact resume needs. Tensor
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import zipfile
@@ -42,37 +41,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda new: torch.save(content, new))
         also(path, LATEST)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's writer says of a full disk: "unexpected pos 40403456 vs 40403348"
-        for name in (path.name, LATEST):
-            with contextlib.suppress(OSError):
-                path.with_name(name + ".tmp").unlink()
-        raise InputError(f"{path}: cannot be written: {reason(error, path.parent, content)}") from None
-
-
-def reason(error: Exception, folder: Path, content: dict[str, Any]) -> str:
-    """Why a file could not be written, in a few words."""
-    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-        return error.strerror or str(error)
-    free = None
-    with contextlib.suppress(OSError, AttributeError):
-        free = shutil.disk_usage(folder).free
-    size = size_of(content)
-    if isinstance(error, OSError) or (free is not None and free < size):
-        left = "" if free is None else f", {free / 2**20:.0f} MiB are left"
-        return f"no space left on the disk: a checkpoint needs {size / 2**20:.0f} MiB{left}"
-    return " ".join(str(error).split())[:200]
-
-
-def size_of(content: Any) -> int:
-    """Bytes of all tensors in nested mappings and sequences."""
-    if isinstance(content, torch.Tensor):
-        return content.nbytes
-    if isinstance(content, dict):
-        content = list(content.values())
-    return sum(map(size_of, content)) if isinstance(content, (list, tuple)) else 0
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be written: {' '.join(str(error).split())[:200]}") from None
 
 
 def also(path: Path, name: str) -> None:

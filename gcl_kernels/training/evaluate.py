@@ -27,9 +27,9 @@ from gcl_kernels.training.errors import DataError, InputError
 from gcl_kernels.training.evaluation_files import write_examples, write_results, write_retrieval
 from gcl_kernels.training.files import read_json, write_atomically
 from gcl_kernels.training.ground_truth import ground_truth, read_grades
-from gcl_kernels.training.memory import peak_memory
+from gcl_kernels.training.memory import peak_memory, shown_peak
 from gcl_kernels.training.openclip import create_model
-from gcl_kernels.training.options import parse_kinds, parse_list, parse_weights, positive
+from gcl_kernels.training.options import Parser, parse_kinds, parse_list, parse_weights, positive
 from gcl_kernels.training.ranking import (
     NOTHING,
     Corpus,
@@ -44,8 +44,8 @@ from gcl_kernels.training.ranking import (
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The authors' flags; lists are Python literals or comma-separated."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gcl_kernels.training.evaluate", description="Evaluate an open_clip model after the GCL protocol",
+    parser = Parser(
+        "gcl_kernels.training.evaluate", description="Evaluate an open_clip model after the GCL protocol",
     )  # fmt: skip
     parser.add_argument("--test_csv", metavar="FILE", help="judged pairs: CSV, TSV, Parquet or webdataset")
     parser.add_argument("--doc-meta", metavar="FILE", help="JSON {id: {field: value}}, the corpus")
@@ -114,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print(
-        f"{time.perf_counter() - started:.0f} s, peak resident memory {peak_memory(torch.device('cpu')) / 2**20:.0f} MiB"
-    )
+    print(f"{time.perf_counter() - started:.0f} s, {shown_peak(peak_memory(torch.device('cpu')))}")
     return 0
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import IO
 
 from gcl_kernels.training.checkpoint import LATEST
 from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.files import room
 
 WINDOWS = os.name == "nt"
 NOT_IN_NAMES = '<>:"|?*'
@@ -87,10 +87,7 @@ class RunFolder:
 
     def expect_room(self, size: int) -> None:
         """Raise InputError where a checkpoint of `size` bytes does not fit on the disk."""
-        try:
-            free = shutil.disk_usage(self.checkpoints).free
-        except (OSError, AttributeError):
-            return
+        free = room(self.checkpoints)
         if free < size:
             raise InputError(f"--logs: expected room for a checkpoint of {size / 2**20:.0f} MiB in '{self.checkpoints}', got "
                              f"{free / 2**20:.0f} MiB")  # fmt: skip

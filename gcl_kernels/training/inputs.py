@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,10 +41,13 @@ def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
 
 
-def pair_file(args: argparse.Namespace, path: str, *, check_images: str) -> PairFile:
-    """One of the run's files."""
+def pair_file(args: argparse.Namespace, path: str, *, check_images: str, ids_alone: bool = False) -> PairFile:
+    """One of the run's files; of its documents the ids alone where a corpus has their fields, as in `evaluate`."""
+    columns = columns_of(args)
+    if ids_alone:
+        columns = replace(columns, right={args.doc_id_key: "txt"})
     return PairFile(
-        path, columns_of(args), separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
+        path, columns, separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
         skip_bad_rows=args.skip_bad_rows,
     )  # fmt: skip
 
@@ -59,19 +62,25 @@ def expect_files(args: argparse.Namespace) -> None:
             raise DataError(f"{path}: expected a readable file, got '{os.strerror(2)}'")
 
 
-def read_pair_file(args: argparse.Namespace, path: str, say: Callable[[str], None]) -> PairFile:
+def read_pair_file(
+    args: argparse.Namespace, path: str, say: Callable[[str], None], *, ids_alone: bool = False
+) -> PairFile:
     """One of the run's files, and what it holds in words."""
-    pairs = pair_file(args, path, check_images=args.check_images)
+    pairs = pair_file(args, path, check_images=args.check_images, ids_alone=ids_alone)
     queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
     say(f"{path}: {len(pairs)} pairs, {queries} queries, {documents} documents")
     if pairs.bad_count:
         lines = shown(pairs.bad_rows, pairs.bad_count)
         say("\n  ".join([f"{path}: {pairs.bad_count} bad rows skipped:", *lines]))
+    return pairs
+
+
+def read_training(args: argparse.Namespace, say: Callable[[str], None]) -> PairFile:
+    """The `--train-data` file."""
+    pairs = read_pair_file(args, args.train_data, say)
     if count := repeated_pairs(pairs):
-        say(
-            f"warning: {path}: {count} pairs of query and document come more than once, with different scores; training "
-            f"takes all of their rows"
-        )
+        say(f"warning: {args.train_data}: {count} pairs of query and document come more than once, with different scores; all "
+            f"of their rows are trained on")  # fmt: skip
     return pairs
 
 
@@ -86,7 +95,7 @@ def read_tests(args: argparse.Namespace, say: Callable[[str], None]) -> TestFile
     metas = dict(zip(args.val_data, args.doc_meta, strict=False))
     for path in args.val_data:
         try:
-            pairs = read_pair_file(args, path, say).take()
+            pairs = read_pair_file(args, path, say, ids_alone=path in metas and args.doc_id_key is not None).take()
         except EmptyError as error:
             say(f"{error}; passed over")
             continue

@@ -16,7 +16,7 @@ from gcl_kernels import grad_cache
 from gcl_kernels.training.encode import FieldEncoder, TwoTower
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.feeding import Batch
-from gcl_kernels.training.openclip import freeze_unused
+from gcl_kernels.training.openclip import freeze_unused, hold_frozen
 from gcl_kernels.training.options import weighting
 from gcl_kernels.training.processes import Processes
 
@@ -177,6 +177,7 @@ def freeze(model: Any, encoder: FieldEncoder, args: argparse.Namespace) -> None:
     inputs = encoder.to_device(inputs)
     towers = TwoTower(model)
     freeze_unused(model, lambda: towers(inputs))
+    hold_frozen(model)
     if not any(weight.requires_grad for name, weight in model.named_parameters() if name != "logit_scale"):
         options = " and ".join(
             option for option, lock in (("--lock-image", args.lock_image), ("--lock-text", args.lock_text)) if lock

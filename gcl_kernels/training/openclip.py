@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +99,24 @@ def create_model(
         )
         tokenizer = open_clip.get_tokenizer(name, context_length=context_length)
     return model, tokenizer, preprocess
+
+
+def hold_frozen(model: torch.nn.Module) -> None:
+    """Keep the parts of a model in which no parameter trains in evaluation mode, whatever `train()` says later.
+
+    They then do not change at all: BatchNorm's running statistics are no parameters, and in training mode every batch moves
+    them. Nor does dropout make their embeddings random.
+    """
+    for module in model.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
+            module.train = types.MethodType(_stay_in_evaluation, module)
+
+
+def _stay_in_evaluation(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    """In the place of a module's `train`, which would go on to the modules inside it."""
+    return module
 
 
 def _register(path: Path) -> str:

@@ -51,6 +51,11 @@ def parse_kinds(text: str) -> list[list[str]]:
     return [list(side) for side in kinds]
 
 
+def kinds_by_name(keys: Sequence[str]) -> list[str]:
+    """The default of `--img-or-txt` for the fields of a side."""
+    return ["img" if "image" in str(key).lower() or "img" in str(key).lower() else "txt" for key in keys]
+
+
 def parse_knots(text: str) -> list[list[float]]:
     """`1:0.1,50:1,100:5` or `"[[1, 0.1], [50, 1], [100, 5]]"`: scores and their weights."""
     try:
@@ -275,10 +280,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args([*(config_argv(config.config, parser) if config.config else []), *argv])
 
     if args.img_or_txt is None:
-        args.img_or_txt = [
-            ["img" if "image" in key.lower() or "img" in key.lower() else "txt" for key in keys]
-            for keys in (args.left_keys, args.right_keys)
-        ]
+        args.img_or_txt = [kinds_by_name(args.left_keys), kinds_by_name(args.right_keys)]
     for side, keys, kinds in zip(("left", "right"), (args.left_keys, args.right_keys), args.img_or_txt, strict=True):
         weights = getattr(args, f"{side}_weights") or [1.0] * len(keys)
         setattr(args, f"{side}_weights", weights)

@@ -27,11 +27,11 @@ from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.feeding import Batch, Feeder, Place
 from gcl_kernels.training.files import write_json_atomically
 from gcl_kernels.training.folder import RunFolder
-from gcl_kernels.training.inputs import TestFiles, expect_files, read_pair_file, read_tests, training_rows
+from gcl_kernels.training.inputs import TestFiles, expect_files, read_tests, read_training, training_rows
+from gcl_kernels.training.journal import Journal
 from gcl_kernels.training.learner import Learner
 from gcl_kernels.training.memory import peak_memory, reset_peak_memory, shown_peak
 from gcl_kernels.training.openclip import create_model
-from gcl_kernels.training.progress import Progress
 from gcl_kernels.training.ranking import Evaluation
 from gcl_kernels.training.stopping import Stopped, Stopper
 from gcl_kernels.training.tracking import Tracker, expect_packages
@@ -99,7 +99,7 @@ class _Training:
         self.result = Run()
         self.first_step = 0
         log = None if args.dry_run else folder.path / "out.log"
-        self.progress = Progress(log, every=args.log_every_n_steps, silent=not group.first)
+        self.journal = Journal(log, every=args.log_every_n_steps, silent=not group.first)
         reset_peak_memory(group.device)
 
     def run(self) -> Run:
@@ -123,8 +123,8 @@ class _Training:
         elif group.first and not args.dry_run:
             self.folder.expect_room(self.learner.checkpoint_bytes)
 
-        say = self.progress.say
-        self.pairs = read_pair_file(args, args.train_data, say)
+        say = self.journal.say
+        self.pairs = read_training(args, say)
         tests = read_tests(args, say) if group.first else TestFiles()
         self.scores, self.ids, self.sampler = training_rows(args, self.pairs, group.world)
         per_epoch = self.sampler.batches_per_epoch
@@ -158,7 +158,7 @@ class _Training:
         facts = preflight.facts_of(self.args, self.pairs, (self.scores, self.ids, self.sampler), tokenizer)
         preflight.expect_something_to_learn(self.args, facts)
         for warning in preflight.warnings_of(self.args, facts, tests) if self.group.first else ():
-            self.progress.say(f"warning: {warning}")
+            self.journal.say(f"warning: {warning}")
         self.facts = facts
 
     def resume(self, path: Path, ours: dict[str, Any]) -> None:
@@ -166,19 +166,19 @@ class _Training:
         group = self.group
         changed = checkpoints.changes(ours, vars(self.args), rows=len(self.pairs), world=group.world)
         if changed:
-            self.progress.say(f"{path}: the run goes on, but differs from the one that was begun: {', '.join(changed)}")
+            self.journal.say(f"{path}: the run goes on, but differs from the one that was begun: {', '.join(changed)}")
         self.sampler.seek(ours["epoch"], ours["batch"])
         self.first_step = ours["step"]
         self.validation.best, self.validation.history = ours["best"], ours["history"]
         self.result.losses = ours["losses"].tolist()
         checkpoints.set_random_state(ours["random"][group.rank % len(ours["random"])], group.device)
-        self.progress.say(f"resumed from {path} at step {self.first_step} of {self.steps}")
+        self.journal.say(f"resumed from {path} at step {self.first_step} of {self.steps}")
 
     def announce(self) -> None:
         args, rows = self.args, self.sampler.batch_size
         kept = f"the {args.keep_last} newest checkpoints are kept" if args.keep_last else "all checkpoints are kept"
         fewer = " (there are no more)" if rows < args.batch_size * args.accum_freq * self.group.world else ""
-        self.progress.say(
+        self.journal.say(
             f"{self.steps - self.first_step} steps of {rows} rows{fewer}, {len(self.sampler.rows)} rows an epoch; "
             f"{kept} in {self.folder.checkpoints}, of {self.learner.checkpoint_bytes / 2**20:.0f} MiB each (--keep-last)"
         )
@@ -191,7 +191,7 @@ class _Training:
         pending: list[Tensor] = []
         next_read, since = self.first_step + 1, time.perf_counter()
         with self.stopper.later():
-            batches = self.progress.over(
+            batches = self.journal.over(
                 feeder.batches(self.steps - self.first_step), f"{args.name}: {args.score_to_weight}",
                 first_step=self.first_step, steps=self.steps, rows=self.sampler.batch_size,
             )  # fmt: skip
@@ -206,7 +206,7 @@ class _Training:
                     stopping, seconds = self.read(pending, since, stopping)
                     pending, since = [], time.perf_counter()
                     next_read = step + max(1, int(READ_SECONDS / seconds))
-                    self.progress.after(step, self.result.losses[-1], scale.item(), self.learner.lr)
+                    self.journal.after(step, self.result.losses[-1], scale.item(), self.learner.lr)
                 if on_curve:
                     values = {"loss": self.result.losses[-1], "logit_scale": scale.item(), "lr": self.learner.lr}
                     self.tracker.log(step, values)
@@ -307,12 +307,12 @@ class _Training:
         if not self.group.first:
             return run
         if self.encoder.lost:
-            self.progress.say(f"{len(self.encoder.lost)} images could not be read and were missing values")
+            self.journal.say(f"{len(self.encoder.lost)} images could not be read and were missing values")
         validation.rank_at_random()
         run.evaluations, run.random = validation.evaluations, validation.random
         if run.evaluations:
             run.table = validation.table()
-            self.progress.say(run.table)
+            self.journal.say(run.table)
         results = {
             "options": {key: value for key, value in vars(self.args).items() if value != -math.inf},
             "loss": run.losses,
@@ -328,7 +328,7 @@ class _Training:
         write_json_atomically(self.folder.results, results, indent=1)
         if run.checkpoint:
             peak = shown_peak(run.peak_bytes)
-            self.progress.say(f"{run.seconds:.0f} s, {peak}, step {self.steps}, checkpoint {run.checkpoint}")
+            self.journal.say(f"{run.seconds:.0f} s, {peak}, step {self.steps}, checkpoint {run.checkpoint}")
         return run
 
     def dry_run(self) -> Run:
@@ -341,7 +341,7 @@ class _Training:
             seconds = time.perf_counter() - before
         run.seconds, run.peak_bytes = time.perf_counter() - self.started, peak_memory(self.group.device)
         weights = sum(weight.numel() for weight in learner.model.parameters())
-        self.progress.say(
+        self.journal.say(
             f"plan: {self.steps} steps of {sampler.batch_size} rows on {self.group.world} process(es), "
             f"{len(sampler.rows)} rows an epoch\n"
             f"{preflight.described(self.facts)}\n"

@@ -276,7 +276,9 @@ def test_an_empty_test_set_is_passed_over_and_unknown_documents_are_counted(pair
     empty = pairs_file.with_name("empty.csv")
     empty.write_text("query,title,image,score\n")
     corpus = pairs_file.with_name("corpus.json")
-    documents = {f"a {colour} square_{{!@#~}}_{colour}.png_{{!@#~}}_": {"title": colour} for colour in COLOURS}
+    documents = {
+        f"a {colour} square_{{!@#~}}_{colour}.png_{{!@#~}}_": {"title": colour, "image": None} for colour in COLOURS
+    }
     corpus.write_text(json.dumps(documents))
     result = run(pairs_file, f"--val-data={empty}", "--steps=1", "--val-data", str(empty), str(pairs_file),
                  "--doc-meta", str(corpus), str(corpus))  # fmt: skip

@@ -17,7 +17,7 @@ FIRST_PAUSE, LONGEST_PAUSE, SHARE = 10.0, 300.0, 0.02
 """Seconds between two lines: 2% of the time so far, at least 10 s and at most 5 minutes."""
 
 
-class Progress:
+class Journal:
     """What is said of a run.
 
     Args:
