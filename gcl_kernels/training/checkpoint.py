@@ -32,8 +32,8 @@ PLACES = {
 """Options that a resumed run may change without becoming another run."""
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint and let `epoch_latest.pt` beside it be the same file.
+def save(path: Path, content: dict[str, Any], *, best: bool = False) -> None:
+    """Write a checkpoint and let `epoch_latest.pt` beside it, and for the best so far `best.pt`, be the same file.
 
     Raises:
         InputError: it cannot be written, as on a full disk; what was there before is whole, and nothing half is left.
@@ -41,6 +41,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
     try:
         write_atomically(path, lambda new: torch.save(content, new))
         also(path, LATEST)
+        if best:
+            also(path, BEST)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path}: cannot be written: {' '.join(str(error).split())[:200]}") from None
 

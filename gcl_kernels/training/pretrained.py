@@ -62,6 +62,9 @@ def faults_in_one_line(model: str, pretrained: str | None) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
+    except ImportError as error:
+        package = (error.name or "transformers").partition(".")[0]
+        raise InputError(f"--model {model}: expected the package {package}, got none: pip install {package}") from None
     except OSError as error:  # what has to be downloaded, or read from a folder
         raise InputError(f"--model {model}: cannot be downloaded or read: {first_line(error)}") from None
     except (pickle.UnpicklingError, EOFError) as error:

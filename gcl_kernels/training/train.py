@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> Run:
             cannot be resumed or written; a loss that is not finite.
         Stopped: a signal has ended the run, after a checkpoint was saved if a step had been done.
     """
-    with Stopper() as stopper, processes.start() as group:
+    with processes.start() as group, Stopper() as stopper:
         folder = RunFolder(args.logs, args.name)
         try:
             if args.dry_run:
@@ -266,9 +266,7 @@ class _Training:
         is_best, evaluated = map(any, zip(*self.group.gather((is_best, len(self.validation) > 0)), strict=True))
         # A checkpoint was saved before the evaluation, which may fail; now it holds the evaluation's history too.
         if is_best or (saved and evaluated):
-            self.save(step, place)
-            if is_best and self.group.first:
-                checkpoints.also(self.file(step, place), checkpoints.BEST)
+            self.save(step, place, best=is_best)
 
     def evaluate(self, step: int) -> bool:
         is_best = self.validation.run(step)
@@ -283,7 +281,7 @@ class _Training:
         if any(self.group.gather(self.group.first and missing)):
             self.test(step, place, saved=True)
 
-    def save(self, step: int, place: Place) -> None:
+    def save(self, step: int, place: Place, *, best: bool = False) -> None:
         states = self.group.gather(checkpoints.random_state(self.group.device))
         path = self.result.checkpoint = self.file(step, place)
         content = {"epoch": place.epochs_done, "name": self.args.name}
@@ -294,7 +292,7 @@ class _Training:
         }  # fmt: skip
 
         def write() -> None:
-            checkpoints.save(path, content | self.learner.state())
+            checkpoints.save(path, content | self.learner.state(), best=best)
             checkpoints.keep_last(path.parent, self.args.keep_last)
 
         self.group.alone(write)
