@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gcl_kernels.training.data import Columns, PairFile
-from gcl_kernels.training.memory import peak_memory
+from gcl_kernels.training.memory import peak_memory, shown_peak
 from gcl_kernels.training.sampler import Sampler
 
 WORDS = (
@@ -54,18 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = Path(folder) / "pairs.csv"
         write(path, args.rows)
         print(
-            f"{args.rows:,} rows, {path.stat().st_size / 2**20:,.0f} MiB; before reading {peak_memory(cpu) / 2**20:,.0f} MiB"
+            f"{args.rows:,} rows, {path.stat().st_size / 2**20:,.0f} MiB; before reading {shown_peak(peak_memory(cpu))}"
         )
         started = time.perf_counter()
         columns = Columns({"query": "txt"}, {"title": "txt"}, "score", document_id_key="product_id")
         pairs = PairFile(path, columns)
-        print(f"read in {time.perf_counter() - started:.0f} s; peak {peak_memory(cpu) / 2**20:,.0f} MiB")
+        print(f"read in {time.perf_counter() - started:.0f} s; {shown_peak(peak_memory(cpu))}")
         started = time.perf_counter()
         sampler = Sampler(torch.arange(len(pairs)), 512)
         for _ in range(args.batches):
             pairs.take(next(sampler).tolist())
         seconds = time.perf_counter() - started
-        print(f"{args.batches} batches of 512 in {seconds:.1f} s; peak resident {peak_memory(cpu) / 2**20:,.0f} MiB")
+        print(f"{args.batches} batches of 512 in {seconds:.1f} s; {shown_peak(peak_memory(cpu))}")
     return 0
 
 

@@ -6,6 +6,7 @@ such a chip. The CPU is the exception: `this_cpu` measures the machine it runs o
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -78,7 +79,6 @@ def this_cpu() -> Chip:
     x, y = torch.rand(2**24), torch.empty(2**24)
     tile = torch.rand(2**20)
     gemm = 2 * 2048 * 2048 * 512 / best_time(lambda: torch.mm(a, b))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Chip(
         f"this CPU, {torch.get_num_threads()} threads",
         None,
@@ -86,13 +86,21 @@ def this_cpu() -> Chip:
         tf32=gemm,
         fp32=gemm,
         bandwidth=2 * 4 * x.numel() / best_time(lambda: y.copy_(x)),
-        memory=memory,
+        memory=physical_memory(),
         units=1,
         clock=tile.numel() / best_time(lambda: torch.exp2(tile)),  # one exponential a tick
         exponentials=1,
         link=None,
         reach=Reach(1.0, 1.0, 1.0),
     )
+
+
+def physical_memory() -> float:
+    """Bytes of this machine; infinity where the system does not tell, as Windows, which has no `os.sysconf`."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def best_time(work: Callable[[], object], repeats: int = 5) -> float:

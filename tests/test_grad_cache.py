@@ -274,7 +274,7 @@ def test_results_that_do_not_fit():
 MEMORY = """
 import torch
 from gcl_kernels import gcl_loss, grad_cache
-from gcl_kernels.training.train import peak_memory, reset_peak_memory
+from gcl_kernels.training.memory import peak_memory, reset_peak_memory
 cpu = torch.device("cpu")
 torch.set_num_threads(1)
 model = torch.nn.Sequential(*[torch.nn.Linear(256, 256), torch.nn.GELU()] * 30, torch.nn.Linear(256, 16))

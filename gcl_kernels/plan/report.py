@@ -10,6 +10,7 @@ against measurements. Time is the sum over phases of the slowest of matrix produ
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -108,4 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.gemm_fraction is not None:
         chip = replace(chip, reach=replace(chip.reach, gemm=options.gemm_fraction))
     memory = chip.memory if options.memory is None else options.memory * 2**30
+    if math.isinf(memory):
+        raise SystemExit("--memory: expected a number of GiB, as this system does not tell how much memory it has")
     print(report(Sizes.of_batch(options.batch, options.dim, options.dtype, options.world_size), chip, memory))

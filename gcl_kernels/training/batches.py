@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gcl_kernels import score_to_weight
+from gcl_kernels.training.inputs import pair_file, training_rows
 from gcl_kernels.training.options import weighting
-from gcl_kernels.training.train import pair_file, training_rows
+from gcl_kernels.training.sampler import Sampler
 
 LITTLE = 0.1
 """A document has little weight where its best pair weighs less than this share of the mean pair."""
@@ -19,46 +19,81 @@ LITTLE = 0.1
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """Means over the first epoch's batches, and over the documents trained on.
+    """Means over batches of the first epoch, and over the documents trained on.
 
     Args:
         rows: rows of a batch.
         effective_rows: as many rows of equal weight would make as noisy a mean, `effective_number`.
         little_weight: share of the documents whose best pair weighs less than `LITTLE` of the mean.
         floor: what the loss cannot go below, `loss_floor`; 0 unless repeated ids are kept as negatives.
+        without_negatives: share of the batches in which no row has a negative; their loss is 0 whatever the model.
+        without_weight: share of the batches in which every weight is 0.
     """
 
     rows: float
     effective_rows: float
     little_weight: float
     floor: float
+    without_negatives: float
+    without_weight: float
 
 
 def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
     """The statistics of the run that `args`, of `parse_args`, describe; its training file is read."""
-    pairs = pair_file(args, args.train_data, check_images="none")
-    scores, ids, sampler = training_rows(args, pairs)
+    return statistics_of(args, *training_rows(args, pair_file(args, args.train_data, check_images="none")))
+
+
+def statistics_of(
+    args: argparse.Namespace, scores: Tensor, ids: Tensor, sampler: Sampler, most: int | None = None
+) -> BatchStatistics:
+    """`batch_statistics` of what `training_rows` has returned, over the first `most` batches."""
     weigh = score_to_weight(args.score_to_weight, **weighting(args))
-    rows, effective, floors = [], [], []
-    for batch in itertools.islice(sampler, sampler.batches_per_epoch):
+    batches = sampler.first(most)
+    keep = args.false_negatives == "keep"
+    rows, effective, floors, no_negatives, no_weight = [], [], [], [], []
+    for batch in batches:
         weights = weigh(scores[batch]).double()
         rows.append(len(batch))
         effective.append(effective_number(weights))
-        floors.append(loss_floor(weights, ids[batch]) if args.false_negatives == "keep" else 0.0)
+        no_weight.append(not weights.any())
+        no_negatives.append(not has_negatives(ids[batch], masked=not keep))
+        floors.append(loss_floor(weights, ids[batch]) if keep and weights.all() else 0.0)
     weights = weigh(scores[sampler.rows]).double()
     documents, document = ids[sampler.rows, 1].unique(return_inverse=True)
     best = weights.new_zeros(len(documents)).scatter_reduce(0, document, weights, "amax")
+    count = len(batches)
     return BatchStatistics(
-        rows=sum(rows) / len(rows),
-        effective_rows=sum(effective) / len(effective),
+        rows=sum(rows) / count,
+        effective_rows=sum(effective) / count,
         little_weight=(best < LITTLE * weights.mean()).double().mean().item(),
-        floor=sum(floors) / len(floors),
+        floor=sum(floors) / count,
+        without_negatives=sum(no_negatives) / count,
+        without_weight=sum(no_weight) / count,
     )
 
 
+def has_negatives(ids: Tensor, *, masked: bool) -> bool:
+    """Whether some two rows of (N, 2) ids are negatives of each other.
+
+    Masked, they have neither the query nor the document in common; of N^2 pairs, `N^2 - sum c_q^2 - sum c_d^2 + sum c_qd^2`
+    are such, for counts c of equal queries, equal documents and equal pairs. Kept, they only have to differ.
+    """
+
+    def equal(columns: Tensor) -> int:
+        return int(columns.unique(dim=0, return_counts=True)[1].square().sum())
+
+    count = len(ids) ** 2
+    if not masked:
+        return equal(ids) < count
+    return count - equal(ids[:, :1]) - equal(ids[:, 1:]) + equal(ids) > 0
+
+
 def effective_number(weights: Tensor) -> float:
-    """`(sum w)^2 / sum w^2` of (N,) weights, Kish's effective sample size: N for equal weights, 1 where one has all."""
-    return (weights.sum() ** 2 / weights.square().sum()).item()
+    """`(sum w)^2 / sum w^2` of (N,) weights, Kish's effective sample size: N for equal weights, 1 where one has all.
+
+    Where all are 0 it is 0.
+    """
+    return (weights.sum() ** 2 / weights.square().sum()).item() if weights.any() else 0.0
 
 
 def loss_floor(weights: Tensor, ids: Tensor) -> float:

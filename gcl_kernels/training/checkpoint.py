@@ -7,6 +7,7 @@ trainer read; `gcl_kernels` beside them holds what an exact resume needs. Tensor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import zipfile
@@ -24,11 +25,26 @@ OURS = "gcl_kernels"
 
 LATEST, BEST = "epoch_latest.pt", "best.pt"
 
+PLACES = {
+    "logs", "name", "resume", "config", "report_to", "log_every_n_steps", "keep_last", "save_frequency", "save_steps",
+    "val_frequency", "val_steps", "workers",
+}  # fmt: skip
+"""Options that a resumed run may change without becoming another run."""
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint and let `epoch_latest.pt` beside it be the same file."""
-    write_atomically(path, lambda new: torch.save(content, new))
-    also(path, LATEST)
+
+def save(path: Path, content: dict[str, Any], *, best: bool = False) -> None:
+    """Write a checkpoint and let `epoch_latest.pt` beside it, and for the best so far `best.pt`, be the same file.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk; what was there before is whole, and nothing half is left.
+    """
+    try:
+        write_atomically(path, lambda new: torch.save(content, new))
+        also(path, LATEST)
+        if best:
+            also(path, BEST)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be written: {' '.join(str(error).split())[:200]}") from None
 
 
 def also(path: Path, name: str) -> None:
@@ -38,22 +54,27 @@ def also(path: Path, name: str) -> None:
         new.unlink(missing_ok=True)
         try:
             os.link(path, new)
-        except OSError:
+        except (OSError, AttributeError):
             shutil.copyfile(path, new)
 
     write_atomically(path.with_name(name), link)
+    # Renaming one name of a file to another name of the same file does nothing (POSIX), and leaves the first.
+    path.with_name(name + ".tmp").unlink(missing_ok=True)
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a run, the latest written first."""
+    """The numbered checkpoints of a run, the latest written first; where clocks are coarse, that of the larger number."""
     found = [*folder.glob("epoch_[0-9]*.pt"), *folder.glob("step_[0-9]*.pt")]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    number = lambda path: int("".join(filter(str.isdigit, path.stem)) or 0)  # noqa: E731
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, number(path)), reverse=True)
 
 
 def keep_last(folder: Path, count: int) -> None:
     """Delete all numbered checkpoints but the newest `count`; 0 keeps all."""
     for path in newest_first(folder)[count:] if count else ():
-        path.unlink()
+        # A file that another program has open stays on Windows, until the next time.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -110,3 +131,29 @@ def resume(resume_from: str, folder: Path) -> tuple[Path, dict[str, Any]] | None
     if refused:
         raise InputError("\n".join(refused))
     return None
+
+
+def changes(ours: dict[str, Any], options: dict[str, Any], *, rows: int, world: int) -> list[str]:
+    """What makes the rest of a resumed run another one than was begun, from `content[OURS]`."""
+    changed = [
+        f"--{key.replace('_', '-')} {value} -> {options[key]}"
+        for key, value in ours["options"].items()
+        if key not in PLACES and key in options and options[key] != value
+    ]
+    if ours["rows"] != rows:
+        changed.append(f"rows of --train-data {ours['rows']} -> {rows}")
+    if len(ours["random"]) != world:
+        changed.append(f"processes {len(ours['random'])} -> {world}")
+    return changed
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """What dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

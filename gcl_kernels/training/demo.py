@@ -7,6 +7,7 @@ weights (plain CLIP) and once with the scores as weights (GCL), and shows what e
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from pathlib import Path
 
 from gcl_kernels.training.data import KEY_END
 from gcl_kernels.training.glyphs import LEVELS, GlyphSet, build, render
+from gcl_kernels.training.memory import shown_peak
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.ranking import Evaluation
-from gcl_kernels.training.train import Run, metrics_table, train
+from gcl_kernels.training.train import Run, train
+from gcl_kernels.training.validation import Line, metrics_table
 
 RUNS = {"CLIP": "constant", "GCL": "log"}
 """Score-to-weight function of each run."""
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     runs: dict[str, Run] = {}
     for name, score_to_weight in RUNS.items():
+        # The demo begins anew each time.
+        shutil.rmtree(out / "logs" / name, ignore_errors=True)
         runs[name] = train(
             parse_args(
                 [
@@ -70,17 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )  # fmt: skip
 
-    rows = []
+    rows: list[Line] = []
     for split, (path, _) in files.items():
-        rows.append((split, "random", runs["CLIP"].random[str(path)]))
-        rows += [("", name, run.evaluations[str(path)]) for name, run in runs.items()]
+        by_chance = runs["CLIP"].random[str(path)]
+        rows.append((split, "random", len(by_chance.query_ids), by_chance.means))
+        found = {name: run.evaluations[str(path)] for name, run in runs.items()}
+        rows += [("", name, len(of_run.query_ids), of_run.means) for name, of_run in found.items()]
     print("\nUnicode glyphs, derived relevance; means over queries; one seed\n")
     print(metrics_table(rows))
     print()
     for name, run in runs.items():
-        print(
-            f"{name:<5} {run.seconds:4.0f} s, peak memory {run.peak_bytes / 2**20:5.0f} MiB, score-to-weight {RUNS[name]}"
-        )
+        print(f"{name:<5} {run.seconds:4.0f} s, {shown_peak(run.peak_bytes)}, score-to-weight {RUNS[name]}")
 
     picture = out / "rankings.png"
     draw(glyphs, {split: {name: run.evaluations[str(path)] for name, run in runs.items()}

@@ -11,3 +11,7 @@ class DataError(InputError):
 
 class EmptyError(DataError):
     """A file without any row: of several test sets, it is the one to pass over."""
+
+
+class ElsewhereError(InputError):
+    """Another process of the run has failed, and says why; this one ends without a word."""

@@ -19,6 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from gcl_kernels.training.evaluation_files import read_about, write_results, wri
 from gcl_kernels.training.examples import write_examples
 from gcl_kernels.training.files import make_folder, read_json, write_atomically
 from gcl_kernels.training.ground_truth import NAME, ground_truth, read_grades
-from gcl_kernels.training.memory import peak_memory
+from gcl_kernels.training.memory import peak_memory, shown_peak
 from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.ranking import (
     NOTHING,
@@ -48,6 +49,7 @@ from gcl_kernels.training.ranking import (
     say_contradictions,
     search,
 )
+from gcl_kernels.training.scaling import spread
 from gcl_kernels.training.trained import longest
 
 Documents = Mapping[str, Mapping[str, str]]
@@ -68,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename or args.output_dir}: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(
-        f"{time.perf_counter() - started:.0f} s, peak resident memory {peak_memory(torch.device('cpu')) / 2**20:.0f} MiB"
-    )
+    print(f"{time.perf_counter() - started:.0f} s, {shown_peak(peak_memory(torch.device('cpu')))}")
     return 0
 
 
@@ -87,7 +87,8 @@ def from_model(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
     pairs = judged_pairs(args, left[0])
     documents = read_documents(args.doc_meta, right[0], check_images="none")
     known_documents(args.test_csv, pairs, documents)
-    grades, given, which = ground_truth(args, pairs)
+    scaled = spread(torch.tensor(pairs.scores, dtype=torch.float64), args.score_scaling).tolist()
+    grades, given, which = ground_truth(args, replace(pairs, scores=scaled))
     queries_in_file = len(set(pairs.query_ids))
     if len(grades) < queries_in_file:
         print(f"{len(grades)} of {queries_in_file} queries, {which}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gcl_kernels.training.options import parse_kinds, parse_list, parse_weights, positive, whole
+from gcl_kernels.training.scaling import SCALINGS
 from gcl_kernels.training.trained import fill_in, training_of
 
 
@@ -59,6 +60,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="[[77], [0, 77]]; the largest counts, 0 is the model's own; default: as trained")  # fmt: skip
     model.add_argument("--weight-key", "--weight_key",
                        help="column of the score; default: as trained, else all judged pairs have grade 1; '' for none"
+                       )  # fmt: skip
+    model.add_argument("--score-scaling", type=lambda name: {"minmax": "linear"}.get(name, name), choices=(*SCALINGS, "none"),
+                       help="how scores become grades 1 to 100; none is linear here; default: as trained, else linear"
                        )  # fmt: skip
     model.add_argument("--doc-id-key", help="default: as trained, else product_id")
     model.add_argument("--query-id-key",

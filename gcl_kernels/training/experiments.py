@@ -34,9 +34,9 @@ from tqdm import tqdm
 from gcl_kernels.training import emoji, glyphs
 from gcl_kernels.training import options as training_options
 from gcl_kernels.training.batches import LITTLE, batch_statistics
+from gcl_kernels.training.checkpoint import PLACES
 from gcl_kernels.training.significance import bootstrap_interval, paired_test
 from gcl_kernels.training.splits import AUTHORS_FILES, SPLITS
-from gcl_kernels.training.train import PLACES
 
 BASELINE = "constant"
 FUNCTIONS = (BASELINE, "linear", "inverse", "inverse_sqrt", "log")
@@ -229,7 +229,7 @@ def check_cell(args: argparse.Namespace, name: str, variant: str, seed: int, fil
     results = results_file(args.out, name, variant, seed)
     if not results.exists():
         return
-    then = json.loads(results.read_text()).get("options", {})
+    then = json.loads(results.read_text(encoding="utf-8")).get("options", {})
     now = vars(training_options.parse_args(run_argv(args, name, variant, seed, files)))
     elsewhere = {"train_data", "val_data", "doc_meta", "model", *PLACES}
     different = [key for key in then.keys() & now.keys() - elsewhere if then[key] != now[key]]
@@ -242,8 +242,10 @@ def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files
     """Train once in a fresh process, whose output goes to log.txt; True when results.json is there afterwards."""
     results = results_file(args.out, name, variant, seed)
     results.parent.mkdir(parents=True, exist_ok=True)
+    # What a run that was broken off has left: a cell begins anew.
+    shutil.rmtree(results.with_name("checkpoints"), ignore_errors=True)
     command = [sys.executable, "-m", "gcl_kernels.training", *run_argv(args, name, variant, seed, files)]
-    with results.with_name("log.txt").open("w") as log:
+    with results.with_name("log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"TQDM_DISABLE": "1"}, check=False
         )
@@ -329,7 +331,7 @@ def comparison_lines(args: argparse.Namespace, files: Mapping[str, Files], compa
 def read_cells(args: argparse.Namespace, name: str, variant: str) -> dict[int, dict]:
     """`{seed: results.json}` of the cells that are there."""
     paths = {seed: results_file(args.out, name, variant, seed) for seed in range(args.seeds)}
-    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()}
 
 
 def of_test(results: Mapping[int, dict], test: Path) -> Cells:

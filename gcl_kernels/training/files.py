@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,17 +42,18 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     new = path.with_name(path.name + ".tmp")
     try:
         write(new)
-        with new.open("rb") as file:
+        # Windows flushes no file that is open for reading alone.
+        with new.open("r+b") as file:
             os.fsync(file.fileno())
     except Exception as error:
-        free = shutil.disk_usage(path.parent).free
+        free = room(path.parent)
         with contextlib.suppress(OSError):
             new.unlink()
         # torch.save says "unexpected pos" where the disk is full.
-        if free < LITTLE_ROOM or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if free < LITTLE_ROOM or (isinstance(error, OSError) and error.errno in FULL):
             raise InputError(f"{path}: expected room for it on the disk, got {free / 2**20:.1f} MiB left") from error
         raise
-    os.replace(new, path)
+    replace(new, path)
     # The new name is on the disk when its folder is; where folders cannot be synced (Windows) there is nothing to do.
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
@@ -62,6 +65,37 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 LITTLE_ROOM = 1 << 20
 """Bytes: a write that fails with less than this left on the disk has failed for it."""
+
+
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""What writing answers where there is no room; Windows has no quota's own number."""
+
+PAUSES = (0.05, 0.2, 1.0)
+"""Seconds between attempts to put a file where another program may just be reading the one before."""
+
+
+def room(folder: Path) -> float:
+    """Bytes left on a folder's disk; infinity where the system does not tell."""
+    try:
+        return shutil.disk_usage(folder).free
+    except (OSError, AttributeError):
+        return math.inf
+
+
+def replace(new: Path, path: Path) -> None:
+    """`os.replace`, which Windows refuses for as long as another program has `path` open.
+
+    Where it is refused for longer, `new` is removed.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            os.replace(new, path)
+            return
+        except PermissionError:
+            if pause is None:
+                new.unlink(missing_ok=True)
+                raise
+            time.sleep(pause)
 
 
 def write_json_atomically(path: Path, content: Any, *, indent: int | None = None) -> None:

@@ -37,6 +37,7 @@ def ground_truth(args: argparse.Namespace, pairs: Pairs) -> GroundTruth:
     path = args.gt_results_path or args.output_dir / NAME
     parts = {
         "--weight-key": args.weight_key,
+        "--score-scaling": args.score_scaling,
         "--top-q": args.top_q,
         "--top-k": args.top_k,
         "judged pairs": made_from.digest(sorted(map(list, zip(pairs.query_ids, pairs.document_ids, pairs.scores, strict=True)))),

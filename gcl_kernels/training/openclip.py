@@ -13,7 +13,7 @@ import importlib.util
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.pretrained import expect_weights, faults_in_one_line
 
 TINY_MODEL = "ViT-Tiny-8-32px"
 """The small model of the demo: 32-px images, patch 8, vision 4 x 128, text 2 x 128, context 16; 7.6 M parameters."""
@@ -83,18 +84,21 @@ def create_model(
 
     Raises:
         InputError: a name that open_clip does not know, a file that is no model configuration, no package transformers
-            for a text tower that needs it.
-        RuntimeError: open_clip's own, when the weights are unknown.
+            for a text tower or a tokenizer that needs it; weights that are not there, damaged, or of another model.
     """
     open_clip = import_open_clip()
     if name.endswith(".json"):
         name = _register(Path(name))
     if ":" not in name:
         _check_name(name)
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        name, pretrained=pretrained, force_context_length=context_length, device=device
-    )
-    return model, open_clip.get_tokenizer(name, context_length=context_length), preprocess
+    if pretrained is not None and ":" not in name:
+        expect_weights(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
+    with faults_in_one_line(name, pretrained):
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, force_context_length=context_length, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(name, context_length=context_length)
+    return model, tokenizer, preprocess
 
 
 def hold_frozen(model: torch.nn.Module) -> None:
@@ -140,6 +144,50 @@ def _check_name(name: str) -> None:
         raise InputError(
             f"expected a model name of open_clip, got '{name}'" + (f"; close to it: {close}" if close else "")
         )
-    text_tower = config["text_cfg"].get("hf_model_name")
+    text_tower = config["text_cfg"].get("hf_model_name") or config["text_cfg"].get("hf_tokenizer_name")
     if text_tower and importlib.util.find_spec("transformers") is None:
         raise InputError(f"expected the package transformers for '{text_tower}', got none: pip install transformers")
+
+
+def freeze_unused(model: torch.nn.Module, embed: Callable[[], Any]) -> list[str]:
+    """Freeze every parameter that `embed()` does not use, and return their names.
+
+    DistributedDataParallel waits for the gradient of everything that trains, so a caption decoder, a tower without a
+    field or the bias of another loss stops it. What is used is found by use: one backward of what `embed` returns,
+    tensors in tuples, lists and mappings. It runs in evaluation mode; modes, buffers, gradients and random numbers are
+    afterwards what they were.
+    """
+    modes = {module: module.training for module in model.modules()}
+    before = {name: weight.grad for name, weight in model.named_parameters()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            for weight in model.parameters():
+                weight.grad = None
+            model.eval()
+            used = [tensor for tensor in _tensors(embed()) if tensor.requires_grad]
+            if used:
+                sum(tensor.float().sum() for tensor in used).backward()  # pyright: ignore[reportAttributeAccessIssue]
+            unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, weight in model.named_parameters():
+            weight.grad = before[name]
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
+    for name, weight in model.named_parameters():
+        if name in unused:
+            weight.requires_grad_(False)
+    return unused
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All floating-point tensors in nested tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []

@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gcl_kernels import score_to_weight
 from gcl_kernels.training.metrics import NAMES
 from gcl_kernels.training.openclip import TINY_MODEL
+from gcl_kernels.training.scaling import SCALINGS
 
 
 def parse_list(text: str) -> list[Any]:
@@ -85,7 +86,24 @@ def whole(text: str) -> int:
     return value
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage; `module` is what `python -m` runs it by."""
+
+    def __init__(self, module: str, **options: Any) -> None:
+        super().__init__(prog=program(module), **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def program(module: str) -> str:
+    """The command that was given: a console script's name, or `python -m MODULE`."""
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    stem = name.removesuffix(".exe").removesuffix("-script.py")
+    return stem if stem.startswith("gcl-") else f"python -m {module}"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Show a default where there is one to show."""
         return action.help if action.default in (None, [], False, -math.inf) else super()._get_help_string(action)
@@ -131,13 +149,15 @@ def config_argv(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m gcl_kernels.training`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gcl_kernels.training", description="Train an open_clip model on (query, document, score) rows with GCL.",
-        formatter_class=_Help,
+    parser = Parser(
+        "gcl_kernels.training", description="Train an open_clip model on (query, document, score) rows with GCL.",
+        formatter_class=Help,
     )  # fmt: skip
     lists = "a Python list or comma-separated"
 
-    parser.add_argument("--config", metavar="FILE", help="YAML {option: value}; the command line goes before it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML {option: value}; where both have an option, the command line wins"
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--train-data", required=True, metavar="FILE",
                       help="CSV or TSV with a header line, Parquet, or webdataset tar files (one, a folder, a pattern)",
@@ -170,9 +190,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       )  # fmt: skip
     loss.add_argument("--knots", type=parse_knots, metavar="SCORE:WEIGHT,...",
                       help="of --score-to-weight piecewise, which is linear between them: 1:0.1,50:1,100:5")  # fmt: skip
-    loss.add_argument("--score-scaling", choices=("minmax", "none"), default="minmax",
-                      help="minmax: scores become int((s - min) / (max - min) * 99 + 1) over the training file, as in "
-                      "evaluation; none: scores are in [1, s_max] already")  # fmt: skip
+    loss.add_argument("--score-scaling", type=lambda name: {"minmax": "linear"}.get(name, name),
+                      choices=(*SCALINGS, "none"), default="linear",
+                      help="linear (also called minmax): scores become int((s - min) / (max - min) * 99 + 1) over the file; "
+                      "log, rank: so do their log(1 + s), for clicks, or their ranks; grades of --val-data likewise; none: "
+                      "scores are in [1, s_max] already")  # fmt: skip
     loss.add_argument("--s-max", type=positive(float), default=100.0, help="largest score, with --score-scaling none")
     loss.add_argument("--min-score", type=float, default=-math.inf,
                       help="leave training rows with a lower score out: judged not relevant, so no positives")  # fmt: skip
@@ -207,13 +229,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--accum-freq", type=positive(int), default=1, metavar="K",
                        help="open_clip's name for it: a step has K times --batch-size rows, encoded --batch-size at a time",
                        )  # fmt: skip
-    train.add_argument("--epochs", type=positive(int), default=10)
+    train.add_argument("--epochs", type=positive(int), default=10, help="passes over the training file")
     train.add_argument("--steps", type=whole, help="number of batches in all, instead of --epochs; 0: only evaluate")
-    train.add_argument("--lr", type=positive(float), default=5e-4)
-    train.add_argument("--wd", type=float, default=0.2)
-    train.add_argument("--beta1", type=float, default=0.9)
-    train.add_argument("--beta2", type=float, default=0.98)
-    train.add_argument("--eps", type=positive(float), default=1e-6)
+    train.add_argument("--lr", type=positive(float), default=5e-4,
+                       help="learning rate after the warm-up; pretrained models take less, some 1e-5")  # fmt: skip
+    train.add_argument("--wd", type=float, default=0.2, help="weight decay of AdamW; gains and biases have none")
+    train.add_argument("--beta1", type=float, default=0.9, help="of AdamW, for the mean of the gradient")
+    train.add_argument("--beta2", type=float, default=0.98, help="of AdamW, for the mean of its square")
+    train.add_argument("--eps", type=positive(float), default=1e-6, help="of AdamW")
     train.add_argument("--warmup", type=int, default=100, help="steps; at most a tenth of the run is used")
     train.add_argument("--lr-scheduler", choices=("cosine", "const"), default="cosine", help="after the warm-up")
     train.add_argument("--grad-clip-norm", type=positive(float), metavar="X", help="largest norm of the gradient")
@@ -223,13 +246,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--lock-text", action="store_true", help="do not train the text tower")
     train.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward")
     train.add_argument("--torchcompile", action="store_true", help="torch.compile both towers")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=0, help="of the initial weights, the batches and dropout")
     train.add_argument("--workers", type=positive(int), default=4, help="threads that decode images")
     train.add_argument(
         "--top-k", type=positive(int), default=1000, help="documents ranked for each query in evaluation"
     )
     train.add_argument("--dry-run", action="store_true",
-                       help="read the data, build the model, run one step, print the plan and stop")  # fmt: skip
+                       help="read the data, build the model, run two steps, print the plan and stop")  # fmt: skip
 
     runs = parser.add_argument_group("logs, checkpoints and evaluation on the way")
     # torchrun takes --logs for an ambiguous start of options of its own, wherever it stands.
@@ -238,8 +261,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     runs.add_argument("--save-frequency", type=whole, default=1, metavar="N",
                       help="save after every N epochs; 0: only at the end")  # fmt: skip
     runs.add_argument("--save-steps", type=whole, default=0, metavar="N", help="and after every N steps; 0: not")
-    runs.add_argument("--keep-last", type=whole, default=0, metavar="K",
-                      help="keep the K newest checkpoints (and the best); 0: all")  # fmt: skip
+    runs.add_argument("--keep-last", type=whole, default=3, metavar="K",
+                      help="keep the K newest checkpoints, and best.pt; 0: all")  # fmt: skip
     runs.add_argument("--resume", metavar="PATH",
                       help="go on from a checkpoint of this harness; latest: epoch_latest.pt of LOGS/NAME if there is one; "
                       "last-good: the newest of LOGS/NAME that can be read")  # fmt: skip
@@ -249,7 +272,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     runs.add_argument("--best-metric", choices=NAMES, metavar="NAME",
                       help=f"keep best.pt, by the mean over --val-data of one of {', '.join(NAMES)}")  # fmt: skip
     runs.add_argument("--report-to", default="", metavar="NAMES", help="tensorboard, wandb, or both with a comma")
-    runs.add_argument("--log-every-n-steps", type=positive(int), default=10, metavar="N")
+    runs.add_argument("--log-every-n-steps", type=positive(int), metavar="N",
+                      help="a line and a point of the curves after every N steps; default: a point every 10, and lines at "
+                      "intervals of 10 s to 5 min")  # fmt: skip
     argv = list(sys.argv[1:] if argv is None else argv)
     config, _ = parser_of_config().parse_known_args(argv)
     args = parser.parse_args([*(config_argv(config.config, parser) if config.config else []), *argv])

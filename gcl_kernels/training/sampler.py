@@ -43,6 +43,10 @@ class Sampler:
         self.epoch, self.batch = epoch, batch
         self._plan = self._batches(epoch)
 
+    def first(self, count: int | None = None) -> list[Tensor]:
+        """The first batches of the present epoch, at most `count`; the sampler stays where it is."""
+        return [self.rows[places] for places in self._plan[:count]]
+
     def __iter__(self) -> Sampler:
         return self
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 from gcl_kernels.training.errors import InputError
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""What each name imports."""
+
+
+def expect_packages(names: str) -> None:
+    """Raise InputError for one of `names`, a comma between them, whose package is not installed."""
+    for name in filter(None, names.split(",")):
+        package = PACKAGES[name]
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise InputError(f"--report-to: expected the package {package}, got none: pip install {package}")
 
 
 class Tracker:
@@ -27,12 +40,12 @@ class Tracker:
                 import wandb  # pyright: ignore[reportMissingImports]
 
                 known = folder / "wandb_id"
-                identity = known.read_text().strip() if step and known.exists() else None
+                identity = known.read_text(encoding="utf-8").strip() if step and known.exists() else None
                 folder.mkdir(parents=True, exist_ok=True)
                 self._wandb = wandb.init(
                     project="gcl_kernels", name=folder.name, config=options, dir=folder, id=identity, resume="allow"
                 )
-                known.write_text(self._wandb.id)
+                known.write_text(self._wandb.id, encoding="utf-8")
         except ImportError as error:
             raise InputError(
                 f"--report-to: expected the package {error.name}, got none: pip install {error.name}"

@@ -16,7 +16,7 @@ DEFAULT_KEYS = {"left": ["text"], "right": ["image_local", "title"]}
 DEFAULT_WEIGHTS = {"left": [1.0], "right": [0.9, 0.1]}
 """Of the default keys alone, as the GCL authors' evaluator has them; other fields weigh the same."""
 
-ALONE = {"model_name": "ViT-B-32", "doc_id_key": "product_id"}
+ALONE = {"model_name": "ViT-B-32", "doc_id_key": "product_id", "score_scaling": "linear"}
 """Other defaults where no checkpoint says otherwise."""
 
 
@@ -79,10 +79,13 @@ def fill_in(args: argparse.Namespace, options: dict[str, Any]) -> list[str]:
     elif options.get("context_length"):
         settle("context_length", [options["context_length"]], None)
     for name, key in (("model_name", "model"), ("weight_key", "weight_key"), ("doc_id_key", "doc_id_key"),
-                      ("query_id_key", "query_id_key")):  # fmt: skip
+                      ("query_id_key", "query_id_key"), ("score_scaling", "score_scaling")):  # fmt: skip
         if options.get(key) is not None and getattr(args, name) is not None and not name.endswith("id_key"):
             compare(name, options[key], getattr(args, name), options[key] == getattr(args, name))
         settle(name, options.get(key), ALONE.get(name))
+    args.score_scaling = {"minmax": "linear"}.get(
+        args.score_scaling, args.score_scaling
+    )  # its name in older checkpoints
     lines = []
     if taken:
         lines.append(f"{args.pretrained}: as trained, {', '.join(taken)}")

@@ -4,9 +4,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
+from datetime import timedelta
 
 import torch
 
+from gcl_kernels.training import checkpoint, inputs, processes, validation
 from gcl_kernels.training import train as training
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.openclip import import_open_clip
@@ -22,13 +25,34 @@ CONTEXT.set_forkserver_preload([__name__])
 def rank(argv, log):
     """The training command as one of several processes, then a look at what outlives it; returns the status.
 
-    What it prints is in `log`/rank0.txt and so on: standard output is that of whatever test was first to start a child.
+    What it prints is in `log`/rank0.txt and so on, and its errors in rank0.err: standard output is that of whatever test was
+    first to start a child.
     """
     torch.set_num_threads(1)
-    with open(log / f"rank{os.environ['RANK']}.txt", "w") as out, contextlib.redirect_stdout(out):
-        status = main(argv)
+    name = f"rank{os.environ['RANK']}"
+    with open(log / f"{name}.txt", "w") as out, open(log / f"{name}.err", "w") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(argv)
     expect_no_gloo_threads()
     return status
+
+
+def rank_with_slow_work(argv, log, timeout, seconds):
+    """`rank`, in a group whose collectives end after `timeout` seconds, in which reading, evaluating and saving take the first
+    process `seconds`."""
+    processes.TIMEOUT = timedelta(seconds=timeout)
+
+    def slow(function):
+        def call(*args, **options):
+            if os.environ["RANK"] == "0":
+                time.sleep(seconds)
+            return function(*args, **options)
+
+        return call
+
+    inputs.read_documents, validation.evaluate = slow(inputs.read_documents), slow(validation.evaluate)
+    checkpoint.also, training.create_model = slow(checkpoint.also), slow(training.create_model)
+    return rank(argv, log)
 
 
 def with_dropout(create_model):

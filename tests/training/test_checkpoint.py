@@ -193,7 +193,7 @@ def test_a_resumed_run_goes_on_with_its_curves(options, tmp_path, monkeypatch):
     argv = [*options, "--name=first", f"--val-data={data}", "--report-to=wandb", "--log-every-n-steps=1"]
     run = train.train(parse_args([*argv, "--steps=2"]))
     train.train(parse_args([*argv, "--steps=3", "--resume=latest"]))
-    train.train(parse_args([*argv, "--steps=1"]))
+    train.train(parse_args([*argv, "--steps=1", "--name=other"]))
     assert [made.id for made in runs] == ["run0", "run0", "run2"]
     assert all(made.finished for made in runs)
     assert (runs[0].given["name"], runs[0].given["config"]["steps"]) == ("first", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -13,9 +14,9 @@ from PIL import Image
 
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
+from gcl_kernels.training.openclip import TINY_MODEL, freeze_unused, import_open_clip
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import freeze_all_but, learning_rate, train
+from gcl_kernels.training.train import learning_rate, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
@@ -39,6 +40,8 @@ def pairs_file(tmp_path):
 
 
 def run(path, *options, keys=KEYS, name="run"):
+    """Trains anew: a name is taken once."""
+    shutil.rmtree(path.parent / "logs" / name, ignore_errors=True)
     argv = [
         f"--train-data={path}",
         *keys,
@@ -58,8 +61,11 @@ def test_from_a_file_to_a_checkpoint_and_a_table(pairs_file, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "18 pairs, 6 queries, 18 documents" in out
-    assert [word for word in out.split() if word in ("NDCG@10", "ERR", "RBP.9")] == ["NDCG@10", "ERR", "RBP.9"]
-    assert "random ranking" in out
+    head, _, ours, random = out.splitlines()[-5:-1]
+    assert head.split() == ["test", "set", "run", "queries", "NDCG@10", "ERR", "RBP.9"]
+    assert "log, step 6" in ours
+    assert random.split()[:3] == ["random", "ranking", "6"]
+    assert out.splitlines()[-1].endswith("step 6, checkpoint " + str(logs / "first" / "checkpoints" / "epoch_2.pt"))
 
     checkpoint = logs / "first" / "checkpoints" / "epoch_2.pt"
     content = torch.load(checkpoint, weights_only=True)
@@ -103,18 +109,33 @@ def test_scores_decide_the_loss_unless_the_weights_are_constant(pairs_file):
     assert run(pairs_file, "--steps=1", *line).losses == pytest.approx(linear)
 
 
-def test_the_same_query_and_the_same_document_are_no_negatives(tmp_path):
+@pytest.mark.parametrize(
+    ("rows", "options", "trains"),
+    [
+        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", [], False),
+        ("a,A,1,1,1 b,A,2,1,1 c,A,3,1,1", [], False),
+        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", [], True),
+        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--query-id-key=q"], False),
+        ("a,A,1,1,1 b,B,2,2,1 c,C,3,3,1", ["--doc-id-key=d"], False),
+        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--batch-size=1"], False),
+        ("a,A,1,1,1", [], False),
+        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--false-negatives=keep"], True),
+        ("a,A,1,1,1 a,A,2,1,2 a,A,3,1,3", ["--false-negatives=keep"], False),
+        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--steps=0"], True),
+    ],
+)
+def test_without_a_single_negative_nothing_is_trained(tmp_path, rows, options, trains):
+    """Rows of one query or of one document are no negatives of each other: the loss of such batches is 0 whatever the model."""
     path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["query,title,score,q,d", *rows.split()]))
+    argv = "--steps=1", *options
     keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score"]
-    path.write_text("query,title,score,q,d\na,A,1,1,1\na,B,2,1,2\na,C,3,1,3")
-    assert run(path, "--steps=1", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
-    path.write_text("query,title,score,q,d\na,A,1,1,1\nb,A,2,1,1\nc,A,3,1,1")
-    assert run(path, "--steps=1", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
-    path.write_text("query,title,score,q,d\na,A,1,1,1\nb,B,2,1,2\nc,C,3,1,3")
-    assert run(path, "--steps=1", keys=keys).losses[0] > 0.01
-    assert run(path, "--steps=1", "--query-id-key=q", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
-    path.write_text("query,title,score,q,d\na,A,1,1,1\nb,B,2,2,1\nc,C,3,3,1")
-    assert run(path, "--steps=1", "--doc-id-key=d", keys=keys).losses[0] == pytest.approx(0, abs=1e-6)
+    if trains:
+        assert all(loss > 0.01 for loss in run(path, *argv, keys=keys).losses)
+        return
+    with pytest.raises(InputError, match=r"without a single negative: the loss would be 0 and nothing learnt"):
+        run(path, *argv, keys=keys)
+    assert not (tmp_path / "logs").exists(), "what was refused leaves nothing"
 
 
 def test_with_one_field_a_side_the_cross_field_loss_is_the_loss_once_more(pairs_file):
@@ -188,6 +209,11 @@ def test_a_bad_file_is_one_line_and_status_2_without_a_traceback(pairs_file):
     ("options", "fault"),
     [
         (["--score-scaling=none", "--s-max=60"], "{path}: expected scores in [1, 60] with --score-scaling none, got 20 to 100"),
+        (["--lock-image", "--lock-text"], "--lock-image and --lock-text: expected a tower that trains, got none with a field"),
+        (["--score-to-weight=piecewise", "--knots=1:0,100:0"],
+         "{path}: expected a pair with a weight > 0, got weights of 0 alone from --score-to-weight piecewise"),
+        (["--context-length=2"],
+         "{path}: expected values of the query that the model can tell apart, got one and the same in all rows within"),
         (["--min-score=101"], "{path}: expected a score >= --min-score 101, got 100 at most"),
         (["--model=ViT-X"], "expected a model name of open_clip, got 'ViT-X'"),
         (["--val-data=none.csv"], "none.csv: expected a readable file, got 'No such file or directory'"),
@@ -309,16 +335,33 @@ def test_a_locked_tower_s_running_statistics_do_not_change(pairs_file, options):
     assert {"visual.bn1.running_mean", "visual.bn1.num_batches_tracked", "visual.conv1.weight"} <= free
 
 
-def test_the_bias_of_another_loss_does_not_train():
-    """Models for a sigmoid loss have one; no gradient reaches it, and processes would wait for it."""
+def test_what_the_embeddings_do_not_use_is_found_by_use():
+    """Models for a sigmoid loss have a bias, those that caption have a decoder; no gradient reaches them, and processes wait."""
     model = import_open_clip().CLIP(
         8,
         {"image_size": 16, "patch_size": 16, "layers": 1, "width": 8, "head_width": 8},
         {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1},
         init_logit_bias=-10.0,
     )
-    freeze_all_but(model, {"img", "txt"})
+    model.extra = torch.nn.BatchNorm1d(8)
+    model.train()
+    model.visual.eval()
+    before = torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    images, tokens = torch.zeros(2, 3, 16, 16), torch.ones(2, 4, dtype=torch.int64)
+
+    def embed():
+        torch.rand(3)
+        return {"a": model.encode_image(images)}, [model.extra(model.encode_text(tokens)), model.logit_scale.exp()]
+
+    assert freeze_unused(model, embed) == ["logit_bias"]
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["logit_bias"]
+    assert torch.get_rng_state().equal(before)
+    assert [module.training for module in model.modules()] == modes
+    assert model.extra.num_batches_tracked == 0
+    assert all(weight.grad is None for weight in model.parameters())
+    unused = freeze_unused(model, lambda: model.encode_text(tokens))
+    assert {name.partition(".")[0] for name in unused} == {"visual", "logit_scale", "extra"}
 
 
 def test_no_steps_evaluate_the_model_as_it_is(pairs_file):

@@ -1,0 +1,185 @@
+"""The model, its loss and its optimiser: one step of training, and what of them a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import gcl_kernels
+from gcl_kernels import grad_cache
+from gcl_kernels.training.encode import FieldEncoder, TwoTower
+from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.feeding import Batch
+from gcl_kernels.training.openclip import freeze_unused, hold_frozen
+from gcl_kernels.training.options import weighting
+from gcl_kernels.training.processes import Processes
+
+
+class Learner:
+    """A model that `update` trains by one batch.
+
+    Args:
+        args: the options of the run.
+        model: an open_clip model; what no field uses and what is locked is frozen.
+        encoder: makes its inputs.
+
+    Raises:
+        InputError: the options lock all that the fields use.
+    """
+
+    def __init__(self, args: argparse.Namespace, group: Processes, model: Any, encoder: FieldEncoder) -> None:
+        self._args, self._group, self.model, self.encoder = args, group, model, encoder
+        self.micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
+        if args.logit_scale:
+            with torch.no_grad():
+                model.logit_scale.fill_(math.log(args.logit_scale))
+        freeze(model, encoder, args)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+
+        # As in open_clip, gains and biases do not decay.
+        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [weight for weight in self._trained if weight.ndim < 2], "weight_decay": 0.0},
+                {"params": [weight for weight in self._trained if weight.ndim >= 2], "weight_decay": args.wd},
+            ],
+            lr=args.lr,
+            betas=(args.beta1, args.beta2),
+            eps=args.eps,
+        )
+        device = group.device
+        precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
+        dtype = torch.float16 if precision == "amp" else torch.bfloat16
+        self._autocast = torch.autocast(device.type, dtype, enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")  # pyright: ignore[reportPrivateImportUsage]
+
+        options: dict[str, Any] = {
+            "score_to_weight": args.score_to_weight,
+            **weighting(args),
+            "process_group": group.group,
+        }
+        self._loss_of_sides = gcl_kernels.GCLLoss(
+            **options,
+            lhs_field_weights=dict(zip(args.left_keys, args.left_weights, strict=True)),
+            rhs_field_weights=dict(zip(args.right_keys, args.right_weights, strict=True)),
+        )
+        # Equal field weights, the default, make it the mean over all (left, right) pairs of fields.
+        self._loss_of_field_pairs = gcl_kernels.GCLLoss(**options, field_mode="pairwise")
+        self._encode: Any = None
+
+    def begin(self) -> None:
+        """Make ready for steps. In several processes a collective: all come to it at about the same time."""
+        model, device = self.model, self._group.device
+        if self._args.torchcompile:
+            # The number of distinct values changes from batch to batch.
+            model.encode_text, model.encode_image = (
+                torch.compile(tower, dynamic=True) for tower in (model.encode_text, model.encode_image)
+            )
+        towers: Any = TwoTower(model)
+        if self._group.group is not None:
+            towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
+        self._encode = grad_cache.cached(towers, self.micro_batch) if self.micro_batch else towers
+        model.train()
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the weights, and two moments of those that train."""
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        return 4 * (weights + 2 * sum(weight.numel() for weight in self._trained))
+
+    @property
+    def trained_weights(self) -> int:
+        return sum(weight.numel() for weight in self._trained)
+
+    @property
+    def lr(self) -> float:
+        """Of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def update(self, batch: Batch, scores: Tensor, ids: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """One step at a learning rate; `scores` and `ids` are those of the batch's rows. The loss and the logit scale."""
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = lr
+        loss, scale = self._loss(batch, scores, ids)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self._args.grad_clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self._trained, self._args.grad_clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(self._args.logit_scale_max))
+        return loss.detach(), scale.detach()
+
+    def _loss(self, batch: Batch, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        device = self._group.device
+        left, right = self.encoder.to_device(batch.left), self.encoder.to_device(batch.right)
+        with self._autocast:
+            lhs, rhs, scale = self._encode(left, right)
+            batch_ids = None if self._args.false_negatives == "keep" else ids.to(device)
+            inputs = lhs, rhs, scores.to(device), scale
+            visible = {
+                "lhs_ids": batch_ids,
+                "rhs_ids": batch_ids,
+                "lhs_field_mask": batch.left_mask.to(device),
+                "rhs_field_mask": batch.right_mask.to(device),
+            }
+            loss = self._loss_of_sides(*inputs, **visible)
+            if self._args.cross_field_loss:
+                loss = loss + self._loss_of_field_pairs(*inputs, **visible)
+        return loss, scale
+
+    def state(self) -> dict[str, Any]:
+        """What open_clip's own trainer keeps of these, too."""
+        content = {"state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return content | {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else content
+
+    def load(self, path: Path, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state`.
+
+        Raises:
+            InputError: it is of another model.
+        """
+        try:
+            self.model.load_state_dict(content["state_dict"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{path}: expected a checkpoint of {self._args.model}, got other weights: {reason}"
+            ) from None
+        if self.scaler.is_enabled() and "scaler" in content:
+            self.scaler.load_state_dict(content["scaler"])
+
+
+def freeze(model: Any, encoder: FieldEncoder, args: argparse.Namespace) -> None:
+    """Freeze the locked towers whole (open_clip's own lock leaves the projection of a Hugging Face tower), and what no
+    field uses: processes would wait for its gradient.
+
+    Raises:
+        InputError: nothing but the logit scale is left to train.
+    """
+    locked = {kind for kind, lock in (("img", args.lock_image), ("txt", args.lock_text)) if lock}
+    for name, weight in model.named_parameters():
+        if name != "logit_scale" and ("img" if name.startswith("visual.") else "txt") in locked:
+            weight.requires_grad_(False)
+    kinds = {f"{kind} field": kind for kind in {*args.img_or_txt[0], *args.img_or_txt[1]}}
+    example = {"txt": "a", "img": ""}
+    inputs, _ = encoder.prepare({name: [example[kind]] * 2 for name, kind in kinds.items()}, kinds)
+    inputs = encoder.to_device(inputs)
+    towers = TwoTower(model)
+    freeze_unused(model, lambda: towers(inputs))
+    hold_frozen(model)
+    if not any(weight.requires_grad for name, weight in model.named_parameters() if name != "logit_scale"):
+        options = " and ".join(
+            option for option, lock in (("--lock-image", args.lock_image), ("--lock-text", args.lock_text)) if lock
+        )
+        raise InputError(f"{options}: expected a tower that trains, got none with a field: nothing would be learnt")
