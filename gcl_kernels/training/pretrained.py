@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 
@@ -67,16 +66,13 @@ def faults_in_one_line(model: str, pretrained: str | None) -> Iterator[None]:
         raise InputError(f"--model {model}: expected the package {package}, got none: pip install {package}") from None
     except OSError as error:  # what has to be downloaded, or read from a folder
         raise InputError(f"--model {model}: cannot be downloaded or read: {first_line(error)}") from None
-    except (pickle.UnpicklingError, EOFError) as error:
-        if pretrained is None:
-            raise
-        raise InputError(f"--pretrained: expected a whole file of weights, got '{pretrained}', a truncated file or another "
-                         f"kind of file: {first_line(error)}") from None  # fmt: skip
-    except Exception as error:  # open_clip and torch raise many kinds for weights that do not fit
+    except Exception as error:  # open_clip and torch raise many kinds, and an unpickler of what is no pickle all others
         if pretrained is None and ":" not in model:
             raise
-        raise InputError(f"--pretrained: expected weights of {model}, got '{pretrained or model}', of another model or kind of "
-                         f"file: {first_line(error)}") from None  # fmt: skip
+        other_model = isinstance(error, AssertionError) or "loading state_dict" in str(error)
+        kind = "weights of another model" if other_model else "a truncated file or another kind of file"
+        raise InputError(f"--pretrained: expected a whole file of weights of {model}, got '{pretrained or model}', {kind}: "
+                         f"{first_line(error)}") from None  # fmt: skip
     finally:
         root.removeFilter(quiet)
 

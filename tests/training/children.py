@@ -12,6 +12,7 @@ import torch
 from gcl_kernels.training import checkpoint, inputs, processes, validation
 from gcl_kernels.training import train as training
 from gcl_kernels.training.__main__ import main
+from gcl_kernels.training.folder import RunFolder
 from gcl_kernels.training.openclip import import_open_clip
 from gcl_kernels.training.options import parse_args
 from tests.conftest import expect_no_gloo_threads
@@ -30,9 +31,13 @@ def rank(argv, log):
     """
     torch.set_num_threads(1)
     name = f"rank{os.environ['RANK']}"
-    with open(log / f"{name}.txt", "w") as out, open(log / f"{name}.err", "w") as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main(argv)
+    with (
+        open(log / f"{name}.txt", "w") as out,
+        open(log / f"{name}.err", "w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        status = main(argv)
     expect_no_gloo_threads()
     return status
 
@@ -53,6 +58,14 @@ def rank_with_slow_work(argv, log, timeout, seconds):
     inputs.read_documents, validation.evaluate = slow(inputs.read_documents), slow(validation.evaluate)
     checkpoint.also, training.create_model = slow(checkpoint.also), slow(training.create_model)
     return rank(argv, log)
+
+
+def hold(folder):
+    """Hold the folder of the run `folder`/logs/run until killed."""
+    run = RunFolder(str(folder / "logs"), "run")
+    run.open(resumed=False)
+    (folder / "held").touch()
+    time.sleep(600)
 
 
 def with_dropout(create_model):
