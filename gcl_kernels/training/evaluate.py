@@ -85,7 +85,7 @@ def from_model(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
     for line in args.notes:
         print(line)
     pairs = judged_pairs(args, left[0])
-    documents = read_documents(args.doc_meta, right[0], check_images="none")
+    documents = read_documents(args.doc_meta, right[0], check_images="none", skip_bad_rows=True)
     known_documents(args.test_csv, pairs, documents)
     scaled = spread(torch.tensor(pairs.scores, dtype=torch.float64), args.score_scaling).tolist()
     grades, given, which = ground_truth(args, replace(pairs, scores=scaled))
@@ -94,7 +94,10 @@ def from_model(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
         print(f"{len(grades)} of {queries_in_file} queries, {which}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, preprocess = load_model(args, device)
+    torch.manual_seed(0)  # random weights are at least the same ones each time
+    model, tokenizer, preprocess = create_model(
+        args.model_name, pretrained=args.pretrained, context_length=longest(args.context_length), device=device
+    )
     encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.num_workers)
     kinds = right[0]
     cells = {
@@ -145,24 +148,6 @@ def judged_pairs(args: argparse.Namespace, left: dict[str, str]) -> Pairs:
         )
     say_contradictions(args.test_csv, pairs)
     return pairs
-
-
-def load_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any]:
-    """The model, its tokenizer and its preprocessing; weights that it cannot have are one line."""
-    torch.manual_seed(0)  # random weights are at least the same ones each time
-    try:
-        return create_model(
-            args.model_name, pretrained=args.pretrained, context_length=longest(args.context_length), device=device
-        )
-    except InputError:
-        raise
-    except (
-        Exception
-    ) as error:  # what open_clip, torch and transformers raise for weights of another model or no weights
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"--pretrained {args.pretrained}: expected weights of {args.model_name}, got: {reason}"
-        ) from error
 
 
 def features(
