@@ -110,7 +110,7 @@ def write_results(folder: Path, evaluation: Evaluation, top_k: int, compare_with
     write_json_atomically(folder / "output.json", output)
 
     def write(new: Path) -> None:
-        with new.open("w", newline="") as file:
+        with new.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, summary)
             writer.writeheader()
             writer.writerow(summary)

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -98,8 +99,9 @@ def replace(new: Path, path: Path) -> None:
 
 
 def write_json_atomically(path: Path, content: Any, *, indent: int | None = None) -> None:
-    """JSON in UTF-8, ending with a newline."""
+    """JSON in UTF-8, ending with a newline. Half a surrogate pair, which UTF-8 has not, is escaped, as JSON may."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
     write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
