@@ -101,7 +101,7 @@ def write_results(
     write_json_atomically(folder / ABOUT, content, indent=1)
 
     def write(new: Path) -> None:
-        with new.open("w", newline="") as file:
+        with new.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, summary)
             writer.writeheader()
             writer.writerow(summary)

@@ -41,7 +41,7 @@ class RunFolder:
         self.begun = False
         self._lock: IO[str] | None = None
 
-    def open(self, *, resumed: bool) -> None:
+    def hold(self, *, resumed: bool) -> None:
         """Make the folder, write into it, and hold it until `close` or the end of the process, however it ends.
 
         Raises:
@@ -63,7 +63,7 @@ class RunFolder:
                              f"goes on with it")  # fmt: skip
 
     def look(self) -> None:
-        """Ask whether `open` could write, and leave nothing behind.
+        """Ask whether `hold` could write, and leave nothing behind.
 
         Raises:
             InputError: it could not.

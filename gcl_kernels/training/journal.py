@@ -79,7 +79,10 @@ class Journal:
     def _log(self, line: str) -> None:
         # A log that cannot be written is no reason to end the run.
         if self._path is not None:
-            with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            with (
+                contextlib.suppress(OSError),
+                self._path.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 

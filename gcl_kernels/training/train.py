@@ -78,7 +78,7 @@ def train(args: argparse.Namespace) -> Run:
             if args.dry_run:
                 group.alone(folder.look)
             else:
-                group.alone(lambda: folder.open(resumed=bool(args.resume)))
+                group.alone(lambda: folder.hold(resumed=bool(args.resume)))
             return _Training(args, group, folder, stopper).run()
         except Stopped as stopped:
             if folder.how_to_go_on and not args.dry_run:

@@ -63,7 +63,7 @@ def rank_with_slow_work(argv, log, timeout, seconds):
 def hold(folder):
     """Hold the folder of the run `folder`/logs/run until killed."""
     run = RunFolder(str(folder / "logs"), "run")
-    run.open(resumed=False)
+    run.hold(resumed=False)
     (folder / "held").touch()
     time.sleep(600)
 

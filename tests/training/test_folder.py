@@ -129,7 +129,7 @@ def test_without_locks_a_run_goes_on(tmp_path, monkeypatch, how):
     monkeypatch.setitem(sys.modules, "fcntl", fcntl)
     monkeypatch.setitem(sys.modules, "msvcrt", None)
     run = RunFolder(str(tmp_path), "run")
-    run.open(resumed=False)
+    run.hold(resumed=False)
     run.close()
 
 
