@@ -14,7 +14,7 @@ from PIL import Image
 
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.openclip import TINY_MODEL, freeze_unused, import_open_clip
+from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.train import learning_rate, train
 
@@ -107,35 +107,6 @@ def test_scores_decide_the_loss_unless_the_weights_are_constant(pairs_file):
     assert linear != pytest.approx(constant)
     line = ["--score-to-weight=piecewise", "--knots=1:1,100:100"]
     assert run(pairs_file, "--steps=1", *line).losses == pytest.approx(linear)
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "trains"),
-    [
-        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", [], False),
-        ("a,A,1,1,1 b,A,2,1,1 c,A,3,1,1", [], False),
-        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", [], True),
-        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--query-id-key=q"], False),
-        ("a,A,1,1,1 b,B,2,2,1 c,C,3,3,1", ["--doc-id-key=d"], False),
-        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--batch-size=1"], False),
-        ("a,A,1,1,1", [], False),
-        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--false-negatives=keep"], True),
-        ("a,A,1,1,1 a,A,2,1,2 a,A,3,1,3", ["--false-negatives=keep"], False),
-        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--steps=0"], True),
-    ],
-)
-def test_without_a_single_negative_nothing_is_trained(tmp_path, rows, options, trains):
-    """Rows of one query or of one document are no negatives of each other: the loss of such batches is 0 whatever the model."""
-    path = tmp_path / "pairs.csv"
-    path.write_text("\n".join(["query,title,score,q,d", *rows.split()]))
-    argv = "--steps=1", *options
-    keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score"]
-    if trains:
-        assert all(loss > 0.01 for loss in run(path, *argv, keys=keys).losses)
-        return
-    with pytest.raises(InputError, match=r"without a single negative: the loss would be 0 and nothing learnt"):
-        run(path, *argv, keys=keys)
-    assert not (tmp_path / "logs").exists(), "what was refused leaves nothing"
 
 
 def test_with_one_field_a_side_the_cross_field_loss_is_the_loss_once_more(pairs_file):
@@ -311,35 +282,6 @@ def test_a_locked_tower_and_one_without_a_field_do_not_train(pairs_file):
             assert ((weight - changed[name]).abs().max() < 1e-20) == (name in frozen), name
         # A weight that no field uses would not change either, but processes would wait for its gradient.
         assert in_optimizer == len(first) - len(frozen)
-
-
-def test_what_the_embeddings_do_not_use_is_found_by_use():
-    """Models for a sigmoid loss have a bias, those that caption have a decoder; no gradient reaches them, and processes wait."""
-    model = import_open_clip().CLIP(
-        8,
-        {"image_size": 16, "patch_size": 16, "layers": 1, "width": 8, "head_width": 8},
-        {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1},
-        init_logit_bias=-10.0,
-    )
-    model.extra = torch.nn.BatchNorm1d(8)
-    model.train()
-    model.visual.eval()
-    before = torch.get_rng_state()
-    modes = [module.training for module in model.modules()]
-    images, tokens = torch.zeros(2, 3, 16, 16), torch.ones(2, 4, dtype=torch.int64)
-
-    def embed():
-        torch.rand(3)
-        return {"a": model.encode_image(images)}, [model.extra(model.encode_text(tokens)), model.logit_scale.exp()]
-
-    assert freeze_unused(model, embed) == ["logit_bias"]
-    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["logit_bias"]
-    assert torch.get_rng_state().equal(before)
-    assert [module.training for module in model.modules()] == modes
-    assert model.extra.num_batches_tracked == 0
-    assert all(weight.grad is None for weight in model.parameters())
-    unused = freeze_unused(model, lambda: model.encode_text(tokens))
-    assert {name.partition(".")[0] for name in unused} == {"visual", "logit_scale", "extra"}
 
 
 def test_no_steps_evaluate_the_model_as_it_is(pairs_file):
