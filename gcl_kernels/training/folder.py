@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from gcl_kernels.training.checkpoint import LATEST
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import room
 
@@ -78,12 +77,6 @@ class RunFolder:
     @property
     def used(self) -> bool:
         return self.results.exists() or any(self.checkpoints.glob("*.pt"))
-
-    @property
-    def how_to_go_on(self) -> str:
-        """The options with which the last checkpoint is gone on from; "" before the first one."""
-        there = (self.checkpoints / LATEST).exists()
-        return f"--logs {self.logs} --name {self.name} --resume latest" if there else ""
 
     def expect_room(self, size: int) -> None:
         """Raise InputError where a checkpoint of `size` bytes does not fit on the disk."""

@@ -74,15 +74,18 @@ def train(args: argparse.Namespace) -> Run:
     """
     with processes.start() as group, Stopper() as stopper:
         folder = RunFolder(args.logs, args.name)
+        training = _Training(args, group, folder, stopper)
         try:
             if args.dry_run:
                 group.alone(folder.look)
             else:
                 group.alone(lambda: folder.hold(resumed=bool(args.resume)))
-            return _Training(args, group, folder, stopper).run()
+            return training.run()
         except Stopped as stopped:
-            if folder.how_to_go_on and not args.dry_run:
-                stopped.hint = f"{folder.how_to_go_on} goes on from the last checkpoint"
+            if training.saved:
+                stopped.hint = (
+                    f"--logs {args.logs} --name {args.name} --resume latest goes on after step {training.saved}"
+                )
             raise
         finally:
             folder.close()
@@ -97,7 +100,7 @@ class _Training:
         self.args, self.group, self.folder, self.stopper = args, group, folder, stopper
         self.started = time.perf_counter()
         self.result = Run()
-        self.first_step = 0
+        self.first_step = self.saved = 0
         log = None if args.dry_run else folder.path / "out.log"
         self.journal = Journal(log, every=args.log_every_n_steps, silent=not group.first)
         reset_peak_memory(group.device)
@@ -169,6 +172,8 @@ class _Training:
             self.journal.say(f"{path}: the run goes on, but differs from the one that was begun: {', '.join(changed)}")
         self.sampler.seek(ours["epoch"], ours["batch"])
         self.first_step = ours["step"]
+        if path.parent == self.folder.checkpoints:
+            self.saved = self.first_step
         self.validation.best, self.validation.history = ours["best"], ours["history"]
         self.result.losses = ours["losses"].tolist()
         checkpoints.set_random_state(ours["random"][group.rank % len(ours["random"])], group.device)
@@ -296,6 +301,7 @@ class _Training:
             checkpoints.keep_last(path.parent, self.args.keep_last)
 
         self.group.alone(write)
+        self.saved = step
 
     # ---- the end
 
@@ -345,7 +351,7 @@ class _Training:
             f"{preflight.described(self.facts)}\n"
             f"model: {self.args.model}, {weights / 1e6:.1f} M parameters, {learner.trained_weights / 1e6:.1f} M trained; a "
             f"checkpoint is about {learner.checkpoint_bytes / 2**20:.0f} MiB\n"
-            f"memory: {shown_peak(run.peak_bytes)} of a step on {self.group.device}\n"
+            f"{shown_peak(run.peak_bytes)} of a step on {self.group.device}\n"
             f"time: {reading:.0f} s of reading and building, {seconds:.2f} s a step, about "
             f"{self.steps * seconds / 60:.0f} min of training; evaluation comes on top\n"
             f"loss of the first step: {run.losses[0]:.3f}"

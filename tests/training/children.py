@@ -60,6 +60,27 @@ def rank_with_slow_work(argv, log, timeout, seconds):
     return rank(argv, log)
 
 
+def rank_that_is_stopped(argv, log):
+    """`rank`, of which one process alone gets a signal, within its second step."""
+    if os.environ["RANK"] == "1":
+        torch.optim.AdamW.step = signalling(torch.optim.AdamW.step, 2)
+    return rank(argv, log)
+
+
+def signalling(function, count):
+    """`function`, in whose `count`-th call the process is asked to end."""
+    calls = 0
+
+    def call(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*args, **options)
+
+    return call
+
+
 def hold(folder):
     """Hold the folder of the run `folder`/logs/run until killed."""
     run = RunFolder(str(folder / "logs"), "run")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gcl_kernels.training.batches import has_negatives
+from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.preflight import cut_texts, most_frequent
@@ -72,6 +73,33 @@ def test_weights_that_hardly_differ_or_few_of_which_count(tmp_path, capsys, scor
     assert any(said in line for line in found), found
     # Where the scores themselves are one score, no scaling helps.
     assert not any("--score-scaling" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "trains"),
+    [
+        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", [], False),
+        ("a,A,1,1,1 b,A,2,1,1 c,A,3,1,1", [], False),
+        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", [], True),
+        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--query-id-key=q"], False),
+        ("a,A,1,1,1 b,B,2,2,1 c,C,3,3,1", ["--doc-id-key=d"], False),
+        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--batch-size=1"], False),
+        ("a,A,1,1,1", [], False),
+        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--false-negatives=keep"], True),
+        ("a,A,1,1,1 a,A,2,1,2 a,A,3,1,3", ["--false-negatives=keep"], False),
+        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--steps=0"], True),
+    ],
+)
+def test_without_a_single_negative_nothing_is_trained(tmp_path, rows, options, trains):
+    """Rows of one query or of one document are no negatives of each other: the loss of such batches is 0 whatever the model."""
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["query,title,score,q,d", *rows.split()]))
+    if trains:
+        assert all(loss > 0.01 for loss in run(path, *options).losses)
+        return
+    with pytest.raises(InputError, match=r"without a single negative: the loss would be 0 and nothing learnt"):
+        run(path, *options)
+    assert not (tmp_path / "logs").exists(), "what was refused leaves nothing"
 
 
 def test_pairs_that_come_again_with_other_scores_are_counted(tmp_path, capsys):

@@ -79,6 +79,19 @@ def test_no_process_waits_for_another_in_a_collective_that_ends_first(options, t
     assert [line["step"] for line in results["history"]] == [2]
 
 
+def test_a_signal_to_one_process_stops_all_of_them_after_one_step(options, tmp_path):
+    argv = [*options, "--name=stopped", "--batch-size=5", "--steps=40"]
+    assert launch("stopped", children.rank_that_is_stopped, argv, tmp_path) == {0: 143, 1: 143}
+    said = [(tmp_path / f"rank{i}.err").read_text() for i in range(2)]
+    assert said[0].startswith(
+        f"stopped by SIGTERM: --logs {tmp_path} --name stopped --resume latest goes on after step "
+    )
+    assert said[1] == ""
+    content = torch.load(tmp_path / "stopped" / "checkpoints" / "epoch_latest.pt", weights_only=True)["gcl_kernels"]
+    assert 2 <= content["step"] < 40
+    assert len(content["losses"]) == content["step"]
+
+
 VISION = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 ARCHITECTURES = {

@@ -50,7 +50,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_numbers(
         assert main(options) == status
     assert {number: signal.getsignal(number) for number in before} == before
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"stopped by {name}: --logs {tmp_path} --name run --resume latest goes on from the last checkpoint"
+        f"stopped by {name}: --logs {tmp_path} --name run --resume latest goes on after step 2"
     )
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_2.pt", "epoch_latest.pt"}
     resumed = train.train(parse_args([*options, "--resume=latest"]))
@@ -72,7 +72,7 @@ def test_a_run_stopped_in_its_evaluation_has_saved_before_and_evaluates_when_it_
     with monkeypatch.context() as patch:
         raising("evaluate", 2, "SIGINT", patch, validation)
         assert main(argv) == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert "--resume latest goes on after step 4" in capsys.readouterr().err
     train.train(parse_args([*argv, "--resume=latest"]))
     contents = [
         torch.load(tmp_path / name / "checkpoints" / "epoch_latest.pt", weights_only=True)["gcl_kernels"]

@@ -109,35 +109,6 @@ def test_scores_decide_the_loss_unless_the_weights_are_constant(pairs_file):
     assert run(pairs_file, "--steps=1", *line).losses == pytest.approx(linear)
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "trains"),
-    [
-        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", [], False),
-        ("a,A,1,1,1 b,A,2,1,1 c,A,3,1,1", [], False),
-        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", [], True),
-        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--query-id-key=q"], False),
-        ("a,A,1,1,1 b,B,2,2,1 c,C,3,3,1", ["--doc-id-key=d"], False),
-        ("a,A,1,1,1 b,B,2,1,2 c,C,3,1,3", ["--batch-size=1"], False),
-        ("a,A,1,1,1", [], False),
-        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--false-negatives=keep"], True),
-        ("a,A,1,1,1 a,A,2,1,2 a,A,3,1,3", ["--false-negatives=keep"], False),
-        ("a,A,1,1,1 a,B,2,1,2 a,C,3,1,3", ["--steps=0"], True),
-    ],
-)
-def test_without_a_single_negative_nothing_is_trained(tmp_path, rows, options, trains):
-    """Rows of one query or of one document are no negatives of each other: the loss of such batches is 0 whatever the model."""
-    path = tmp_path / "pairs.csv"
-    path.write_text("\n".join(["query,title,score,q,d", *rows.split()]))
-    argv = "--steps=1", *options
-    keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score"]
-    if trains:
-        assert all(loss > 0.01 for loss in run(path, *argv, keys=keys).losses)
-        return
-    with pytest.raises(InputError, match=r"without a single negative: the loss would be 0 and nothing learnt"):
-        run(path, *argv, keys=keys)
-    assert not (tmp_path / "logs").exists(), "what was refused leaves nothing"
-
-
 def test_with_one_field_a_side_the_cross_field_loss_is_the_loss_once_more(pairs_file):
     keys = ["--left-keys=query", "--right-keys=title", "--weight-key=score", "--skip-bad-rows"]
     without, with_it = (
