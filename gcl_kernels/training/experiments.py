@@ -8,7 +8,7 @@ A variant is a score-to-weight function and, each after a `+`, options of the tr
 is its baseline: by default `constant`, which is plain cross-entropy, against every function.
 
 Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json exists is not run
-again, so that the command can be stopped and repeated (one that ran with other options is refused). Runs of one seed
+again, so that the command can be stopped and repeated (one that ran with other options or files is refused). Runs of one seed
 differ in the variant alone: same data, initial weights, batches and steps. `--report FILE` writes the tables of what
 there is, in Markdown.
 """
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gcl_kernels.training import emoji, glyphs
+from gcl_kernels.training import emoji, glyphs, made_from
 from gcl_kernels.training import options as training_options
 from gcl_kernels.training.batches import LITTLE, batch_statistics
 from gcl_kernels.training.checkpoint import PLACES
@@ -236,6 +236,24 @@ def check_cell(args: argparse.Namespace, name: str, variant: str, seed: int, fil
     if different:
         changes = ", ".join(f"--{key.replace('_', '-')} {then[key]}, got {now[key]}" for key in sorted(different))
         raise SystemExit(f"{results}: expected options as when it ran, {changes}; another --out keeps both")
+    recorded = made_from.recorded(results)
+    other = "" if recorded is None else made_from.difference(recorded, parts_of(args, name, files))
+    if other:
+        raise SystemExit(f"{results}: expected files as when it ran, got others: {other}; another --out keeps both")
+
+
+def parts_of(args: argparse.Namespace, name: str, files: Files) -> made_from.Parts:
+    """What a cell's results depend on besides its options: the contents of its files."""
+    paths = {
+        f"{split} {kind}": path
+        for split, pair in files.items()
+        for kind, path in zip(("pairs", "corpus"), pair, strict=True)
+    }
+    for option in (option.format(folder=args.out / "data" / name) for option in (*DATA[name].options, *args.options)):
+        key, _, value = option.partition("=")
+        if key == "--model" and Path(value).is_file():
+            paths["model"] = Path(value)
+    return {what: made_from.digest_of_file(path) for what, path in paths.items()}
 
 
 def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> bool:
@@ -251,6 +269,8 @@ def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files
         )
     # A hundred megabytes each; a cell is its results.
     shutil.rmtree(results.with_name("checkpoints"), ignore_errors=True)
+    if results.exists():
+        made_from.record(results, parts_of(args, name, files))
     return results.exists()
 
 

@@ -114,6 +114,13 @@ def test_cells_run_once_and_one_that_fails_is_named(toy, tmp_path, capsys):
     assert main([*toy, "--seeds=1", "--compare", "constant", "log+min-score=3"]) == 0
     assert times == {path: path.stat().st_mtime_ns for path in cells.values()}
 
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(pairs.read_text().replace("q0,t3,3", "q0,t3,4"))
+    with pytest.raises(
+        SystemExit, match=r"seed_0/results.json: expected files as when it ran, got others: in-domain pairs;"
+    ):
+        main([*toy, "--seeds=1", "--compare", "constant", "log+min-score=3"])
+
 
 def test_the_tables_are_there_after_each_seed(toy, tmp_path, monkeypatch):
     report = tmp_path / "out" / "results.md"
