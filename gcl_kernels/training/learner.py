@@ -17,7 +17,7 @@ from gcl_kernels.training.encode import FieldEncoder, TwoTower
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.feeding import Batch
 from gcl_kernels.training.openclip import freeze_unused, hold_frozen
-from gcl_kernels.training.options import weighting
+from gcl_kernels.training.options import by_similarity, weighting
 from gcl_kernels.training.processes import Processes
 
 
@@ -64,6 +64,7 @@ class Learner:
             "score_to_weight": args.score_to_weight,
             **weighting(args),
             "process_group": group.group,
+            **by_similarity(args.false_negatives),
         }
         self._loss_of_sides = gcl_kernels.GCLLoss(
             **options,

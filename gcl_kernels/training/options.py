@@ -201,9 +201,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     loss.add_argument(
         "--weight-normalize", choices=("mean", "none"), default="mean", help="divide weights by the batch mean"
     )
-    loss.add_argument("--false-negatives", choices=("mask", "avoid", "keep"), default="mask",
+    loss.add_argument("--false-negatives", type=parse_false_negatives, default="mask", metavar="HOW",
                       help="rows of one query or one document in a batch: mask them from each other's negatives, avoid them "
-                      "(batches without duplicates), or keep them as negatives")  # fmt: skip
+                      "(batches without duplicates), or keep them as negatives; margin:0.1 and ratio:0.95 mask them, and pairs "
+                      "more similar than the positive's similarity plus 0.1, or times 0.95, as well (default mask)")  # fmt: skip
     loss.add_argument("--left-weights", type=parse_weights, help=f"weight of each left field, {lists}; default: equal")
     loss.add_argument(
         "--right-weights", type=parse_weights, help=f"weight of each right field, {lists}; default: equal"
@@ -317,6 +318,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"expected --warmup and --wd >= 0, got {args.warmup} and {args.wd}")
     args.name = args.name or time.strftime("%Y_%m_%d-%H_%M_%S")
     return args
+
+
+def parse_false_negatives(text: str) -> str:
+    """`mask`, `avoid`, `keep`, `margin:NUMBER` or `ratio:NUMBER`."""
+    name, colon, number = text.partition(":")
+    if text not in ("mask", "avoid", "keep"):
+        if name not in ("margin", "ratio") or not colon:
+            raise argparse.ArgumentTypeError(f"expected mask, avoid, keep, margin:NUMBER or ratio:NUMBER, got {text}")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number >= 0 after {name}:, got {number}")
+    return text
+
+
+def by_similarity(false_negatives: str) -> dict[str, float]:
+    """What goes with `--false-negatives` to `gcl_kernels.GCLLoss`: the margin or the ratio, if it is one."""
+    name, colon, number = false_negatives.partition(":")
+    return {f"false_negative_{name}": float(number)} if colon else {}
 
 
 def weighting(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from gcl_kernels.training.options import parse_args, parse_kinds, parse_knots, parse_list, parse_weights
+from gcl_kernels.training.options import by_similarity, parse_args, parse_kinds, parse_knots, parse_list, parse_weights
 
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
 REQUIRED = ["--train-data=pairs.csv", *KEYS]
@@ -79,6 +79,9 @@ def test_the_defaults_say_what_a_column_is():
     assert (args.left_weights, args.right_weights) == ([1.0, 1.0], [1.0, 1.0])
     assert args.weight_key == "score"
     assert (args.score_to_weight, args.weight_normalize, args.false_negatives) == ("log", "mean", "mask")
+    assert by_similarity(args.false_negatives) == {}
+    assert by_similarity("margin:0.1") == {"false_negative_margin": 0.1}
+    assert by_similarity("ratio:0.95") == {"false_negative_ratio": 0.95}
     assert parse_args([*REQUIRED, "--csv-separator=\\t"]).csv_separator == "\t"
 
 
