@@ -1,5 +1,6 @@
 """pairwise_logsumexp against the float64 reference, and its properties."""
 
+import dataclasses
 import math
 
 import pytest
@@ -91,11 +92,12 @@ def test_gradcheck(problem):
     assert torch.autograd.gradcheck(visible_outputs, batch.differentiable)
 
 
-@given(problem=testing.problems(labels=False))
-def test_swapping_the_sides_swaps_row_and_col(problem):
-    batch = problem.build(torch.float64)
+@given(problem=testing.problems(labels=False), limits=st.booleans())
+def test_swapping_the_sides_swaps_row_and_col(problem, limits):
+    batch = dataclasses.replace(problem, limits=limits).build(torch.float64)
     ids = batch.options
-    swapped_ids = {"lhs_ids": ids["rhs_ids"], "rhs_ids": ids["lhs_ids"]} if ids else {}
+    other_side = {"lhs": "rhs", "rhs": "lhs"}
+    swapped_ids = {f"{other_side[name[:3]]}{name[3:]}": x for name, x in ids.items()}
     # the diagonal pair is labelled from whichever side has a row for it
     labels = torch.arange(problem.m).where(torch.arange(problem.m) < problem.n, -1)
     one = pairwise_logsumexp(*batch.differentiable, **ids)
