@@ -84,6 +84,21 @@ def test_a_near_copy_of_the_positive_is_no_negative(dtype):
     assert float(gcl_loss(x, y, 20.0, labels=labels)) > 0.3
 
 
+@pytest.mark.parametrize(("margin", "ratio"), [(0.2, None), (None, 0.5), (0.2, 0.5), (0.02, 1.5), (0.02, 3.0)])
+def test_either_limit_hides(margin, ratio):
+    """A row whose positive has the similarity 0.4, with negatives of 0.1, 0.3, 0.5 and 0.7."""
+    similarity = torch.tensor([0.4, 0.1, 0.3, 0.5, 0.7], dtype=torch.float64)
+    x, y = (
+        torch.tensor([[1.0, 0.0]], dtype=torch.float64),
+        torch.stack([similarity, torch.zeros(5, dtype=torch.float64)], dim=1),
+    )
+    loss = gcl_loss(x, y, 2.0, directions="lhs_to_rhs", false_negative_margin=margin, false_negative_ratio=ratio)
+    limit = min(0.4 + (9 if margin is None else margin), 0.4 * (9 if ratio is None else ratio))
+    seen = similarity[(similarity <= limit) | (similarity == 0.4)]
+    assert len(seen) < 5
+    torch.testing.assert_close(loss, (2 * seen).logsumexp(0) - 0.8)
+
+
 def test_the_module_has_the_options():
     g = torch.Generator().manual_seed(0)
     x, y = (torch.nn.functional.normalize(torch.randn(9, 4, generator=g), dim=1) for _ in range(2))

@@ -90,7 +90,7 @@ def linear() -> Callable | None:
 def processor() -> dict[str, str]:
     """What Linux says about the first processor: vendor_id, cpu family, flags, …; nothing elsewhere."""
     try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace") if sys.platform == "linux" else ""
     except OSError:
         return {}
     lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())

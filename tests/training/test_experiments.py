@@ -13,7 +13,8 @@ import pytest
 from gcl_kernels.training import experiments
 from gcl_kernels.training import options as training_options
 from gcl_kernels.training.__main__ import main as train
-from gcl_kernels.training.experiments import DataSet, main, options_of, parse_args, results_file
+from gcl_kernels.training.experiment_data import DataSet
+from gcl_kernels.training.experiments import main, options_of, parse_args, results_file
 from gcl_kernels.training.metrics import NAMES
 
 
@@ -68,6 +69,11 @@ def test_the_command_line_of_a_comparison(capsys):
         with pytest.raises(SystemExit):
             parse_args(argv)
         assert fault in capsys.readouterr().err
+
+
+def test_the_folder_of_a_variant_has_a_name_on_every_platform():
+    path = results_file(Path("out"), "toy", "piecewise+knots=1:0.1,50:1,100:5", 3)
+    assert path == Path("out/toy/piecewise+knots=1_0.1,50_1,100_5/seed_3/results.json")
 
 
 @pytest.mark.parametrize("name", ["chorus", "emoji"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from gcl_kernels import backends, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels import PairwiseLSE, backends, gcl_loss, pairwise_logsumexp, testing
 from gcl_kernels.backends import Lines, Need, Want
 from gcl_kernels.backends.triton.config import Config, TileShape
 from gcl_kernels.pairs import Pairs
@@ -22,15 +22,20 @@ from .conftest import DEVICE
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@given(case=cases(terms=True), dtype=st.sampled_from(DTYPES), budget=st.sampled_from((None, 2**9, 2**14)))
+@given(
+    case=cases(terms=True),
+    dtype=st.sampled_from(DTYPES),
+    budget=st.sampled_from((None, 2**9, 2**14)),
+    positives=st.sampled_from(("joined", "apart")),
+)
 @settings(max_examples=max(1, settings.default.max_examples // 2))
-def test_as_accurate_as_dense_pytorch(case, dtype, budget):
+def test_as_accurate_as_dense_pytorch(case, dtype, budget, positives):
     config, problem = case
     batch = build(problem, dtype)
     with using(config, budget):
-        actual = run(triton, batch)
+        actual = run(triton, batch, positives=positives)
     assert [v.dtype for v in actual] == [torch.float64] * 3 + [dtype] * 2 + [torch.float32]
-    assert_accurate(actual, batch)
+    assert_accurate(actual, batch, positives=positives)
 
 
 def test_the_scale_is_not_rounded():
@@ -188,6 +193,41 @@ def test_a_bias_of_minus_infinity_hides_a_column(directions, hidden):
     for a, b in zip(*results, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("want", [Want(True, True), Want(True, False), Want(False, True)])
+def test_a_pair_hidden_in_the_forward_alone_is_worth_at_most_a_softmax_of_two(want):
+    """What a rounding may do at a limit: statistics that do not know a pair 90 nats above all others of its lines."""
+    n = 24
+    x = torch.eye(n, device=DEVICE)
+    labels = torch.arange(n, device=DEVICE).roll(1)
+    hiding, showing = (
+        Pairs.of(x, x, 90.0, labels=labels, lhs_limit=torch.full((n,), v, device=DEVICE)) for v in (0.5, 2.0)
+    )
+    statistics = backends.load("triton").forward(hiding, want)
+    g = torch.ones(n, dtype=torch.float64, device=DEVICE)
+    upstream = Lines(g if want.row else None, g if want.col else None, torch.zeros_like(g)[:, None])
+    dlhs, drhs, _ = backends.load("triton").backward(showing, statistics, upstream, Need(True, True, True))
+    assert 90 <= dlhs.abs().max() <= 90 * 4.01
+    assert 90 <= drhs.abs().max() <= 90 * 4.01
+
+
+@pytest.mark.parametrize("directions", ["lhs_to_rhs", "rhs_to_lhs"])
+def test_positives_apart_in_one_pass(directions):
+    """A loss that is linear in the statistics of negatives alone, whose gradients are formed beside them."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 16, generator=g).to(DEVICE).requires_grad_() for n in (40, 50))
+    w = torch.rand(40, generator=g).to(DEVICE)
+    by_row = directions == "lhs_to_rhs"
+    line = w if by_row else torch.rand(50, generator=g).to(DEVICE)
+    known = PairwiseLSE(line if by_row else None, None if by_row else line, -w)
+    gradients = []
+    for given_known in (known, None):
+        out = triton(x, y, 3.0, directions=directions, positives="apart", known_upstream=given_known)
+        loss = (line * (out.row if by_row else out.col)).sum() - (w * out.positive).sum()
+        gradients.append(torch.autograd.grad(loss, (x, y)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 SMALL = [c for c in configurations() if max(c.forward.sides) < 128 and not c.forward.one_exponential]
