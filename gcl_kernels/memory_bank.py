@@ -111,7 +111,9 @@ class MemoryBank(nn.Module):
         transport: Transport = "all_gather",
         backend: Backend | None = None,
     ) -> Tensor:
-        """(N,) `logsumexp_j logit_scale <x_i, b_j>` over the bank's rows, -inf if there is none; differentiable in x and the scale.
+        """(N,) `logsumexp_j logit_scale <x_i, b_j>` over the bank's rows; -inf if there is none.
+
+        Differentiable in x and the scale.
 
         Args:
             x: (N, D) on the bank's device. In another dtype than the bank's it is the bank that is converted.
