@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from gcl_kernels import MemoryBank, backends
+from tests.counting import counted_products
 from tests.test_docs import blocks
 from tests.test_views import assert_same, peer
 
@@ -283,6 +284,23 @@ def test_every_recipe_is_tested(recipe):
     }
     others = {"with_queue", "graded", "listnet", "ranknet", "lambda_loss", "moving_average"}
     assert set(defined) == others | {name.partition(",")[0] for name in CASES}
+
+
+# As the page says, in N M D (here N = M): of calls of the primitive 8, of `gcl_loss` in one direction 6.
+COSTS = {
+    "all_positives": 6, "mil_nce": 8, "dcl": 8, "dcl_of_views": 32, "debiased": 8, "hard_negatives": 16, "hardness": 8,
+    "margin, CosFace": 8, "row_scales": 6, "own_negatives": 8, "gte": 24, "below": 8, "log_q": 6, "distil": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_cost_is_as_the_page_says(recipe, name):
+    inputs, more, *_ = CASES[name]
+    with counted_products() as flops, backends.settings(tile=(7, 16)):
+        recipe[name.partition(",")[0]](*inputs, *more).backward()
+    for x in inputs:
+        x.grad = None
+    assert sum(flops) == COSTS[name] * N * N * D
 
 
 def test_decoupled_is_lightly_s(recipe):
