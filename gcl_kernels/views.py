@@ -105,7 +105,7 @@ def supcon_loss(
         reduction: a row alone in its class has l_i = 0. `"mean"` is sum(l) / N. `"weighted_mean"` is sum(l) divided by how many
             rows have a positive, 0 if none has. `"sum"` is sum(l). `"none"` is l, (N,).
         process_group: as in `gcl_loss`: every rank passes its own rows, in any number. A class is one over all ranks. Besides
-            what `transport` says the sums of classes travel, O(N D) of all ranks' rows.
+            what `transport` says all ranks' features travel once more, and each rank holds O(N D) of all ranks' rows.
         transport: as in `pairwise_logsumexp`.
         backend: as in `pairwise_logsumexp`.
 
@@ -127,8 +127,8 @@ def supcon_loss(
         if len(classes) != pairs.n:
             raise ValueError(f"classes: expected ({pairs.n},), one a row of features, got {tuple(classes.shape)}")
     ranks = _agreed("supcon_loss", pairs, logit_scale, reduction, transport, group)
-    x = pairs.lhs.to(statistics_dtype(features.device))
-    others, count = _others_of_class(x, classes.to(torch.int64), ranks)
+    kind = statistics_dtype(features.device)
+    x, (others, count) = pairs.lhs.to(kind), _others_of_class(pairs.lhs, classes.to(torch.int64), ranks, kind)
     pairs = _without_self(pairs, ranks)
     nobody = torch.full_like(count, -1)[:, None]
     labelled = torch.where(count > 0, 0, -1)[:, None]  # for the number of rows that have a positive
@@ -142,17 +142,25 @@ def supcon_loss(
     return _reduced(torch.where(count > 0, row - positive, 0.0), divisor, features)
 
 
-def _others_of_class(x: Tensor, classes: Tensor, ranks: distributed.Ranks | None) -> tuple[Tensor, Tensor]:
-    """(N, D) the sum of the other rows of each row's class, over all ranks, and (N,) how many these are."""
-    everywhere = classes if ranks is None else ranks.all_columns(classes, "classes")
-    ordered, order = everywhere.sort(stable=True)
+def _others_of_class(
+    x: Tensor, classes: Tensor, ranks: distributed.Ranks | None, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(N, D) in dtype `kind` the sum of the other rows of each row's class, over all ranks, and (N,) how many these are."""
+    if ranks is None:
+        mine, rows, labels = slice(None), x, classes
+    else:
+        x = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # gradients of all ranks' uses are added before they are rounded
+        mine, rows = ranks.columns(ranks.rank), ranks.all_columns(x, "features")
+        labels = ranks.all_columns(classes, "classes")
+    ordered, order = labels.sort(stable=True)
     changes = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(torch.int64)])
     number = torch.empty_like(order).scatter(0, order, changes.cumsum(0))  # of the class of each row, from 0
-    mine = number if ranks is None else number[ranks.columns(ranks.rank)]
     size = torch.zeros_like(number).index_put((number,), torch.ones_like(number), accumulate=True)
-    total = x.new_zeros(len(number), x.shape[1]).index_put((mine,), x, accumulate=True)  # in a fixed order
-    total = total if ranks is None else ranks.total(total)
-    return total[mine] - x, torch.where(classes >= 0, size[mine] - 1, 0)
+    total = torch.zeros_like(rows, dtype=kind).index_put((number,), rows.to(kind), accumulate=True)  # in a fixed order
+    number = number[mine]
+    return total[number] - x, torch.where(classes >= 0, size[number] - 1, 0)
 
 
 def _checked(

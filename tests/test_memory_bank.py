@@ -131,6 +131,14 @@ def test_a_column_of_the_bank_costs_no_gradient_of_its_own():
     assert sum(flops) == 6 * n * size * d
 
 
+def test_one_compiled_graph():
+    bank, x, y = MemoryBank(8, 5), rows(6).float().requires_grad_(), rows(6, 1).float()
+    bank.push(y)
+    compiled = torch.compile(lambda x: loss_with(bank, x, y, 3.0), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), loss_with(bank, x, y, 3.0))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

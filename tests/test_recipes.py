@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
-from gcl_kernels import MemoryBank, backends
+from gcl_kernels import MemoryBank, backends, pairwise_logsumexp
+from gcl_kernels.distributed import first_column
 from tests.counting import counted_products
 from tests.test_docs import blocks
 from tests.test_views import assert_same, peer
@@ -328,3 +330,31 @@ def test_distillation_is_open_clip_s(recipe):
         return (recipe["distil"](X, Y, T, tx, ty, 0.5) + recipe["distil"](Y, X, T, ty, tx, 0.5)) / 2
 
     assert_same(ours, lambda: theirs(X, Y, T, tx, ty, ts)[1], XYT)
+
+
+ROWS = {"equal": (5, 5, 5), "unequal": (2, 7, 4)}
+
+
+def gte_on_rank(group, rows):
+    """GTE's loss by what the page says about ranks."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    mine = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    x, y = (v.detach()[mine].requires_grad_() for v in (X, Y))
+    own = torch.arange(len(x)) + first_column(x, group)
+    out = pairwise_logsumexp(x, y, 9.0, positives="apart", process_group=group)
+    options = {"labels": torch.full_like(own, -1), "lhs_ids": own, "rhs_ids": own, "directions": "lhs_to_rhs"}
+    sides = [pairwise_logsumexp(v, v, 9.0, **options, process_group=group).row for v in (x, y)]
+    losses = torch.stack([out.row, out.col, *sides, out.positive]).logsumexp(dim=0) - out.positive
+    loss = losses.mean() if len(set(rows)) == 1 else world * losses.sum() / sum(rows)
+    loss.backward()
+    return loss.detach(), x.grad, y.grad
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_over_ranks(pool, recipe, rows):
+    losses, *gradients = zip(*pool.run(3, gte_on_rank, ROWS[rows]), strict=True)
+    x, y = (v.detach()[: sum(ROWS[rows])].requires_grad_() for v in (X, Y))
+    loss = recipe["gte"](x, y, 9.0)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss.detach())
+    for parts, expected in zip(gradients, torch.autograd.grad(loss, (x, y)), strict=True):
+        torch.testing.assert_close(torch.cat(parts) / 3, expected)

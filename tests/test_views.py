@@ -172,6 +172,7 @@ def test_one_compiled_graph():
     )
     plain = nt_xent_loss(x, y, 5.0) + supcon_loss(x, classes, 5.0)
     torch.testing.assert_close(compiled(x, y), plain)
+    torch.compiler.reset()
 
 
 CUT = (5, 1, 8, 3)
