@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from .pairs import Pairs
 from .row_losses import denominator
 from .types import REDUCTIONS, TRANSPORTS, Backend, Reduction, Transport
 from .validation import INTEGERS, check_choice, check_device, check_tensor
+
+if TYPE_CHECKING:  # some builds of torch have no distributed
+    from torch.distributed import ProcessGroup
 
 
 def nt_xent_loss(
@@ -105,7 +109,7 @@ def supcon_loss(
         reduction: a row alone in its class has l_i = 0. `"mean"` is sum(l) / N. `"weighted_mean"` is sum(l) divided by how many
             rows have a positive, 0 if none has. `"sum"` is sum(l). `"none"` is l, (N,).
         process_group: as in `gcl_loss`: every rank passes its own rows, in any number. A class is one over all ranks. Besides
-            what `transport` says all ranks' features travel once more, and each rank holds O(N D) of all ranks' rows.
+            what `transport` says all ranks' features travel in float64, and each rank holds O(N D) of all ranks' rows.
         transport: as in `pairwise_logsumexp`.
         backend: as in `pairwise_logsumexp`.
 
@@ -127,8 +131,8 @@ def supcon_loss(
         if len(classes) != pairs.n:
             raise ValueError(f"classes: expected ({pairs.n},), one a row of features, got {tuple(classes.shape)}")
     ranks = _agreed("supcon_loss", pairs, logit_scale, reduction, transport, group)
-    kind = statistics_dtype(features.device)
-    x, (others, count) = pairs.lhs.to(kind), _others_of_class(pairs.lhs, classes.to(torch.int64), ranks, kind)
+    x = pairs.lhs.to(statistics_dtype(features.device))  # once: what comes back is added up before it is rounded
+    others, count = _others_of_class(x, classes.to(torch.int64), ranks)
     pairs = _without_self(pairs, ranks)
     nobody = torch.full_like(count, -1)[:, None]
     labelled = torch.where(count > 0, 0, -1)[:, None]  # for the number of rows that have a positive
@@ -142,23 +146,17 @@ def supcon_loss(
     return _reduced(torch.where(count > 0, row - positive, 0.0), divisor, features)
 
 
-def _others_of_class(
-    x: Tensor, classes: Tensor, ranks: distributed.Ranks | None, kind: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(N, D) in dtype `kind` the sum of the other rows of each row's class, over all ranks, and (N,) how many these are."""
-    if ranks is None:
-        mine, rows, labels = slice(None), x, classes
-    else:
-        x = x.to(
-            torch.promote_types(x.dtype, torch.float32)
-        )  # gradients of all ranks' uses are added before they are rounded
-        mine, rows = ranks.columns(ranks.rank), ranks.all_columns(x, "features")
-        labels = ranks.all_columns(classes, "classes")
+def _others_of_class(x: Tensor, classes: Tensor, ranks: distributed.Ranks | None) -> tuple[Tensor, Tensor]:
+    """(N, D) the sum of the other rows of each row's class, over all ranks, and (N,) how many these are."""
+    mine, rows, labels = slice(None), x, classes
+    if ranks is not None:
+        mine, labels = ranks.columns(ranks.rank), ranks.all_columns(classes, "classes")
+        rows = ranks.all_columns(x, "features")
     ordered, order = labels.sort(stable=True)
     changes = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(torch.int64)])
     number = torch.empty_like(order).scatter(0, order, changes.cumsum(0))  # of the class of each row, from 0
     size = torch.zeros_like(number).index_put((number,), torch.ones_like(number), accumulate=True)
-    total = torch.zeros_like(rows, dtype=kind).index_put((number,), rows.to(kind), accumulate=True)  # in a fixed order
+    total = torch.zeros_like(rows).index_put((number,), rows, accumulate=True)  # in a fixed order
     number = number[mine]
     return total[number] - x, torch.where(classes >= 0, size[number] - 1, 0)
 
@@ -169,7 +167,7 @@ def _checked(
     logit_scale: Tensor | float,
     reduction: Reduction,
     transport: Transport,
-    group: object,
+    group: ProcessGroup | None,
     backend: str | None,
 ) -> Pairs:
     """Rows of x against rows of x."""
@@ -178,13 +176,14 @@ def _checked(
     check_tensor(name, x, (2,))
     if 0 in x.shape:
         raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(x.shape)}")
-    pairs = Pairs.of(x, x, logit_scale, group)  # pyright: ignore[reportArgumentType]
-    backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)  # raises if there is no such backend
+    pairs = Pairs.of(x, x, logit_scale, group)
+    if group is not None:
+        backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)  # raises if there is no such backend
     return pairs
 
 
 def _agreed(
-    name: str, pairs: Pairs, logit_scale: Tensor | float, reduction: str, transport: str, group: object
+    name: str, pairs: Pairs, logit_scale: Tensor | float, reduction: str, transport: str, group: ProcessGroup | None
 ) -> distributed.Ranks | None:
     if group is None:
         return None
