@@ -5,14 +5,21 @@ from .clip import ClipLoss
 from .fields import aggregate_fields
 from .losses import GCLLoss, gcl_loss
 from .lse import PairwiseLSE, pairwise_logsumexp
+from .memory_bank import MemoryBank
+from .positives import positives_of
 from .score_to_weight import score_to_weight
+from .views import nt_xent_loss, supcon_loss
 
 __all__ = [
     "gcl_loss",
     "GCLLoss",
     "ClipLoss",
+    "nt_xent_loss",
+    "supcon_loss",
     "pairwise_logsumexp",
     "PairwiseLSE",
+    "positives_of",
+    "MemoryBank",
     "aggregate_fields",
     "score_to_weight",
     "__version__",

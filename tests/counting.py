@@ -1,7 +1,12 @@
 """What a computation costs, counted: floating-point operations of matrix products, and the largest tensor."""
 
+import contextlib
+from unittest import mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gcl_kernels.backends import torch as torch_backend
 
 
 class Products(TorchDispatchMode):
@@ -37,3 +42,22 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not (func.is_view or func.__name__.startswith(("empty", "new_empty", "detach")))
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted_products():
+    """A list of the FLOPs of matrix products in each pass of the torch backend, under operators that hide them from counters."""
+    flops = []
+
+    def counted(function):
+        def call(*arguments, **options):
+            with Products() as products:
+                result = function(*arguments, **options)
+            flops.append(products.flops)
+            return result
+
+        return call
+
+    names = ("forward", "forward_with_gradient", "backward")
+    with mock.patch.multiple(torch_backend, **{name: counted(getattr(torch_backend, name)) for name in names}):
+        yield flops

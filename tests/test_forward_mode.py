@@ -7,7 +7,17 @@ import torch
 from torch.autograd import forward_ad
 
 import reference
-from gcl_kernels import ClipLoss, GCLLoss, aggregate_fields, backends, gcl_loss, pairwise_logsumexp
+from gcl_kernels import (
+    ClipLoss,
+    GCLLoss,
+    MemoryBank,
+    aggregate_fields,
+    backends,
+    gcl_loss,
+    nt_xent_loss,
+    pairwise_logsumexp,
+    supcon_loss,
+)
 
 REFUSED = r"expected tensors without forward-mode tangents .* gcl_kernels\.reference"
 X, Y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (4, 5))
@@ -34,6 +44,10 @@ LOSSES = {
     "pairwise_logsumexp, lhs": (lambda x: pairwise_logsumexp(x, Y, S).row.sum(), X),
     "pairwise_logsumexp, positive": (lambda y: pairwise_logsumexp(X, y, S).positive.sum(), Y),
     "pairwise_logsumexp, logit_scale": (lambda s: pairwise_logsumexp(X, Y, s).col.sum(), S),
+    "nt_xent_loss, x": (lambda x: nt_xent_loss(x, X, S), X),
+    "nt_xent_loss, logit_scale": (lambda s: nt_xent_loss(X, X, s), S),
+    "supcon_loss, features": (lambda x: supcon_loss(x, torch.tensor([0, 0, 1, 1]), S), X),
+    "MemoryBank.logsumexp, x": (lambda x: MemoryBank(2, 3).logsumexp(x, S).exp().sum(), X),
     "aggregate_fields, Triton": (lambda x: aggregate_fields([X.float(), x], backend="triton").sum(), X.float()),
 }
 

@@ -95,7 +95,7 @@ LIBRARY = "gcl_kernels"
 REFERENCE = ("reference", f"{LIBRARY}.reference")
 TRAINING = f"{LIBRARY}.training"
 TORCH, TRITON = (f"{LIBRARY}.backends.{name}" for name in ("torch", "triton"))
-LOSSES = tuple(f"{LIBRARY}.{name}" for name in ("losses", "row_losses", "clip"))
+LOSSES = tuple(f"{LIBRARY}.{name}" for name in ("losses", "row_losses", "clip", "views", "memory_bank"))
 PRIMITIVES = tuple(f"{LIBRARY}.{name}" for name in ("lse", "ops", "fields"))
 DISTRIBUTED = f"{LIBRARY}.distributed"
 

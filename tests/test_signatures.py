@@ -10,7 +10,19 @@ import typing
 import pytest
 import torch
 
-from gcl_kernels import ClipLoss, GCLLoss, aggregate_fields, gcl_loss, pairwise_logsumexp, score_to_weight, types
+from gcl_kernels import (
+    ClipLoss,
+    GCLLoss,
+    MemoryBank,
+    aggregate_fields,
+    gcl_loss,
+    nt_xent_loss,
+    pairwise_logsumexp,
+    positives_of,
+    score_to_weight,
+    supcon_loss,
+    types,
+)
 
 KNOTS = [(1, 0.0), (50, 1.0), (100, 11.0)]
 X, Y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (4, 5))
@@ -166,6 +178,12 @@ def test_an_option_that_decides_the_weights_cannot_be_changed_without_them():
     [
         gcl_loss,
         pairwise_logsumexp,
+        nt_xent_loss,
+        supcon_loss,
+        positives_of,
+        MemoryBank.__init__,
+        MemoryBank.push,
+        MemoryBank.logsumexp,
         GCLLoss.__init__,
         GCLLoss.forward,
         ClipLoss.forward,

@@ -32,6 +32,9 @@ assert_type(ClipLoss()(x, y, 1.0, output_dict=yes), Tensor | dict[str, Tensor])
 assert_type(score_to_weight("log", s_max=5)(scores, scores > 1), Tensor)
 assert_type(aggregate_fields({"a": x, "b": x}, {"a": 0.5, "b": 0.5}, backend="torch"), Tensor)
 assert_type(pairwise_logsumexp(x, y, 1.0, transport="ring"), PairwiseLSE)
+assert_type(gcl_kernels.nt_xent_loss(x, x, 1.0, reduction="none"), Tensor)
+assert_type(gcl_kernels.supcon_loss(x, gcl_kernels.positives_of(torch.arange(4))[:, 0], 1.0), Tensor)
+assert_type(gcl_kernels.MemoryBank(8, 3, device="cpu").logsumexp(x, 1.0), Tensor)
 assert_type(gcl_kernels.__version__, str)
 
 gcl_loss(x, y, 1.0, redction="mean")  # wrong
@@ -45,6 +48,8 @@ GCLLoss(normalize="sum")  # wrong
 GCLLoss()(x, y, 1.0)  # wrong
 ClipLoss(worldsize=2)  # wrong
 ClipLoss()(x, y, 1.0, outptu_dict=True)  # wrong
+gcl_kernels.nt_xent_loss(x, 1.0)  # wrong
+gcl_kernels.supcon_loss(x, y, 1.0, reduction="max")  # wrong
 score_to_weight("lgo")  # wrong
 aggregate_fields([x], normalise=True)  # wrong
 pairwise_logsumexp(x, y, 1.0, backend="cuda")  # wrong

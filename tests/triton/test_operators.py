@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gcl_kernels import gcl_loss, ops
+from gcl_kernels import MemoryBank, gcl_loss, nt_xent_loss, ops, supcon_loss
 from gcl_kernels.backends import Need, Want
 from gcl_kernels.pairs import Pairs
 
@@ -34,6 +34,30 @@ def test_compiles_to_one_graph(directions):
     actual = torch.autograd.grad(compiled(x, y, scale), [scale, *encoder.parameters()])
     torch.testing.assert_close(actual, expected)
     torch.compiler.reset()
+
+
+def views_and_bank(x, y, scale, bank, backend):
+    """Losses in which rows do not see themselves, and a bank that is not full."""
+    classes = torch.arange(len(x), device=DEVICE) % 4 - 1
+    losses = (
+        nt_xent_loss(x, y, scale, backend=backend),
+        supcon_loss(x, classes, scale, backend=backend),
+        bank.logsumexp(x, scale, lhs_ids=classes, backend=backend).mean(),
+    )
+    return torch.stack([loss.double() for loss in losses]).sum()
+
+
+def test_views_and_bank_are_those_of_the_torch_backend():
+    x, y, rows = (torch.nn.functional.normalize(torch.randn(n, 16, device=DEVICE), dim=1) for n in (9, 9, 5))
+    bank = MemoryBank(8, 16, device=DEVICE)
+    bank.push(rows, ids=torch.arange(5, device=DEVICE) % 2)
+    inputs = [v.requires_grad_() for v in (x, y, torch.tensor(9.0, device=DEVICE))]
+    expected, actual = (
+        [loss.detach(), *torch.autograd.grad(loss, inputs)]
+        for loss in (views_and_bank(*inputs, bank, backend) for backend in ("torch", "triton"))
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
 def gradients_on_rank(group):
