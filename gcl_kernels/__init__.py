@@ -6,6 +6,9 @@ from .fields import aggregate_fields
 from .losses import GCLLoss, gcl_loss
 from .lse import PairwiseLSE, pairwise_logsumexp
 from .score_to_weight import score_to_weight
+from .siglip import SigLipLoss
+from .sigmoid import sigmoid_loss
+from .softplus import PairwiseSoftplus, pairwise_softplus
 
 __all__ = [
     "gcl_loss",
@@ -13,6 +16,10 @@ __all__ = [
     "ClipLoss",
     "pairwise_logsumexp",
     "PairwiseLSE",
+    "sigmoid_loss",
+    "SigLipLoss",
+    "pairwise_softplus",
+    "PairwiseSoftplus",
     "aggregate_fields",
     "score_to_weight",
     "__version__",
