@@ -134,6 +134,8 @@ def _differentiate(ctx, g_row, g_positive, *through_the_gradients):
     *inputs, bias = tensors
     call = call_of(ctx.call)
     needs = dict(zip(TENSORS, ctx.needs_input_grad, strict=False))
+    if g_row is None:
+        g_row = torch.zeros_like(positive[:, 0])
     if ctx.made:
         # used once and made again for a second backward, as in `ops`
         gradients, ctx.gradients = ctx.gradients, None
@@ -149,8 +151,6 @@ def _differentiate(ctx, g_row, g_positive, *through_the_gradients):
         gradients[:2] = [g.to(inputs[0].dtype) for g in gradients[:2]]
     else:
         need = PointwiseNeed(*(needs[name] for name in DIFFERENTIABLE))
-        if g_row is None:
-            g_row = torch.zeros_like(positive[:, 0])
         again = Call(need, False, call.backend).text()
         gradients = _softplus(*inputs, bias, g_row, g_positive, again)[2:]
     of = dict(zip(DIFFERENTIABLE, gradients, strict=True))
