@@ -119,7 +119,7 @@ def filled(gradients: PointwiseGradients, pairs: Pairs, bias: Tensor) -> tuple[T
 
 def _setup_context(ctx, inputs, output):
     ctx.call = inputs[-1]
-    row, positive, *gradients = output
+    _, positive, *gradients = output
     ctx.save_for_backward(*inputs[:-1], positive)
     ctx.made = any(g.numel() for g in gradients)
     # detached, since the outputs themselves would hold this ctx, and it them

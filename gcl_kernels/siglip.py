@@ -28,9 +28,10 @@ class SigLipLoss(nn.Module):
     """Drop-in for `open_clip.SigLipLoss`: same constructor and forward arguments, same loss and gradients, without N x N memory.
 
     With `world_size > 1`, over the default process group, a rank's loss is that of its own images and all ranks' texts, as in
-    open_clip. Gradients of the texts come from all ranks' losses, those of logit_scale and logit_bias from the rank's own. Ranks
-    may have unequal numbers of rows, which open_clip's loss does not allow; a rank's loss is then world / (all ranks' N) times the
-    sum over its rows, so that the mean over ranks is the loss of the joined batch.
+    open_clip. Gradients of the texts come from all ranks' losses, those of logit_scale and logit_bias from the rank's own.
+
+    Ranks may have unequal numbers of rows, which open_clip's loss does not allow. A rank's loss is then world / (all ranks' N)
+    times the sum over its rows, so that the mean over ranks is the loss of the joined batch.
 
     Args:
         cache_labels: accepted, and changes nothing: no labels are made.

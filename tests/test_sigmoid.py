@@ -167,7 +167,7 @@ def test_a_second_backward_and_a_second_derivative():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for value in (loss, pairwise_softplus(x, y, 2.0, -3.0).row.sum()):
         (g,) = torch.autograd.grad(value, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="pairwise_softplus: .*double backward is not supported"):
+        with pytest.raises(RuntimeError, match=r"pairwise_softplus: .*double backward is not supported"):
             g.sum().backward()
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 from .base2 import LOG2E
 from .contract import statistics_dtype
 
+# Columns of a tile whose sigmoids a Triton kernel makes and stores at a time.
+PART = 64
+
 
 class PointwiseUpstream(NamedTuple):
     """Gradients with respect to the results.

@@ -4,8 +4,8 @@ A tile is the logits of (rows of a chunk) x (columns of a block), in base 2. The
 is alive at a time, and a second one of its size for factors. Only `forward_with_gradient` stores more, within the workspace
 budget.
 
-`tiles` makes tiles and knows no loss, `modify` hides pairs, `softmax` is the loss of a tile, `passes` goes over all tiles. `sigmoid`
-is the loss of each pair alone, with its one pass.
+`tiles` makes tiles and knows no loss, `modify` hides pairs, `softmax` is the loss of a tile, `passes` goes over all tiles.
+`sigmoid` is the loss of each pair alone, with its one pass.
 """
 
 from .passes import backward, forward, forward_with_gradient

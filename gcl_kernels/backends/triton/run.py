@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Arguments of kernels that are JIT functions, given by their names in `softmax`.
+# Arguments of kernels that are JIT functions, given by their names in `softmax` and `sigmoid`.
 FUNCTIONS = ("EPILOGUE", "FITS", "GRADIENT")
 
 
@@ -71,9 +71,9 @@ _runner: Callable[..., None] = _launch
 
 @cache
 def _jit_functions() -> dict[str, Any]:
-    from . import field_kernels, kernels, softmax
+    from . import field_kernels, kernels, sigmoid, softmax
 
-    return {**vars(softmax), **vars(field_kernels), **vars(kernels)}
+    return {**vars(softmax), **vars(sigmoid), **vars(field_kernels), **vars(kernels)}
 
 
 def _first(x: Any) -> Any:
