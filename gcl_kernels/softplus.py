@@ -100,7 +100,8 @@ def statistics(
     if ranks is None:
         row, positive = pointwise_ops.softplus(pairs, bias, backend, known_row, weights)
     else:
-        raise NotImplementedError
+        name = backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)
+        row, positive = distributed.softplus(pairs, bias, name, known_row, weights, ranks)
     if pairs.limited:
         positive = without_tiny(positive, pairs)
     positive = positive + bias.to(positive.dtype)
