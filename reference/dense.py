@@ -106,8 +106,8 @@ def pairwise_softplus(
     rhs_limit: Tensor | None = None,
     rhs_bias: Tensor | None = None,
 ) -> PairwiseSoftplus:
-    """z = logit_scale * lhs @ rhs.T + logit_bias + rhs_bias; row sums of softplus over visible pairs that are not labelled, and the
-    positives' z."""
+    """z = logit_scale * lhs @ rhs.T + logit_bias + rhs_bias; its row sums of softplus over the visible pairs without a label, and
+    the positives' z."""
     n, m = lhs.shape[0], rhs.shape[0]
     labels = diagonal_labels(n, lhs.device) if labels is None else labels
     similarity = lhs @ rhs.T

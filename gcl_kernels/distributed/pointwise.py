@@ -1,6 +1,6 @@
 """The sigmoid loss's sums over the ranks of a process group, differentiable.
 
-Its gradient needs no statistics, so where the upstream gradients are known beforehand one round does both passes: each rank's rows
+Its gradient needs no statistics, so where the upstream gradients are known beforehand one round does both passes: a rank's rows
 meet every rank's columns once, 6 N M D / world, and a ring passes rhs around once instead of twice.
 """
 

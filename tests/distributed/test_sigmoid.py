@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from gcl_kernels import SigLipLoss, backends, pairwise_softplus, sigmoid_loss
+from gcl_kernels import SigLipLoss, backends, pairwise_softplus, sigmoid_loss, testing
 from gcl_kernels.training.openclip import import_open_clip
+from gcl_kernels.types import TRANSPORTS
 from tests.counting import LargestTensor, Products
+from tests.distributed import cases
 from tests.distributed.pool import WORLDS, error_of
 from tests.distributed.test_results import cuts, transports
 from tests.oracle import DTYPES
@@ -61,7 +63,9 @@ def loss_on_rank(group, cut, transport, weights, options, factors):
     inputs = with_bias(batch, -3.0)
     weights = None if weights is None else weights[cut.of(rank)[0]]
     with Products() as products:
-        loss = sigmoid_loss(*inputs, weights=weights, **batch.options, **options, process_group=group, transport=transport)
+        loss = sigmoid_loss(
+            *inputs, weights=weights, **batch.options, **options, process_group=group, transport=transport
+        )
         (factors[rank] * loss.sum()).backward()
     return [loss.detach(), *(x.grad for x in inputs)], products.flops
 
@@ -78,17 +82,23 @@ def test_what_ddp_averages_is_the_gradient_of_the_joined_batch(pool, cut, transp
     shape = (sum(cut.rows), cut.problem.positives) if cut.problem.positives else (sum(cut.rows),)
     weights = torch.rand(shape, generator=cut.problem.generator(), dtype=torch.float64) if weighted else None
     answers = pool.run(world, loss_on_rank, cut, transport, weights, {"reduction": reduction}, [2.0] * world)
+    losses, lhs, rhs, scales, bias = zip(*(answer for answer, _ in answers), strict=True)
     inputs = with_bias(batch, -3.0)
     expected = reference.sigmoid_loss(*inputs, weights=weights, reduction=reduction, **batch.options)
     oracle = torch.autograd.grad(2 * expected.sum(), inputs)
-    losses, lhs, rhs, scales, bias = zip(*(answer for answer, _ in answers), strict=True)
     share = 1.0 if reduction == "none" else 1 / world
     actual = torch.cat(losses) if reduction == "none" else torch.stack(losses).mean()
     gradients = [share * torch.cat(v) for v in (lhs, rhs)] + [share * torch.stack(v).sum() for v in (scales, bias)]
     for a, o in zip((actual, *gradients), (expected.detach(), *oracle), strict=True):
         torch.testing.assert_close(a, o, rtol=1e-10, atol=1e-10)
-    units = sum(flops for _, flops in answers) / (sum(cut.rows) * sum(cut.cols) * cut.problem.d)
-    assert units == (8 if reduction == "none" else 6)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("reduction", "units"), [("mean", 6), ("weighted_mean", 6), ("none", 8)])
+def test_both_passes_take_six_units_over_all_ranks(pool, transport, reduction, units):
+    cut = cases.Cut(testing.Problem(28, 31, 8, None, 1, 5, 2.0, "random", False, 0), (7, 16, 5), (7, 19, 5))
+    answers = pool.run(3, loss_on_rank, cut, transport, None, {"reduction": reduction}, [2.0] * 3)
+    assert sum(flops for _, flops in answers) == units * 28 * 31 * 8
 
 
 @given(cut=cuts(), transport=transports)
@@ -101,7 +111,9 @@ def test_ranks_may_weigh_their_losses_differently(pool, cut, transport):
     batch = cut.joined(torch.float64)
     inputs = with_bias(batch, -3.0)
     rows = reference.sigmoid_loss(*inputs, reduction="none", **batch.options)
-    factor = torch.cat([torch.full((n,), world * f, dtype=torch.float64) for n, f in zip(cut.rows, factors, strict=True)])
+    factor = torch.cat(
+        [torch.full((n,), world * f, dtype=torch.float64) for n, f in zip(cut.rows, factors, strict=True)]
+    )
     oracle = torch.autograd.grad((factor * rows).sum(), inputs[:2])
     actual = [torch.cat(v) for v in list(zip(*(answer for answer, _ in answers), strict=True))[1:3]]
     for a, o in zip(actual, oracle, strict=True):
@@ -177,5 +189,3 @@ def largest_tensor_on_rank(group):
 def test_no_rank_holds_its_rows_by_all_columns(pool):
     for sizes in pool.run(WORLDS[-1], largest_tensor_on_rank):
         assert max(sizes) < 60 * 240 / 2
-
-
