@@ -104,8 +104,8 @@ def launch_tiles(case: Case) -> None:
     lines = lines._replace(row=lines.row if want.row else None, col=lines.col if want.col else None)
     if options.get("sigmoid"):
         upstream = PointwiseUpstream(torch.empty(LINES, dtype=torch.float64, device="meta"), lines.positive)
-        stored = upstream if options.get("stored") else None
-        backend.softplus(pairs, pairs.logit_scale, stored, PointwiseNeed(True, True, True, True))
+        known = upstream if options.get("gradient") else None
+        backend.softplus(pairs, pairs.logit_scale, known, PointwiseNeed(True, True, True, True))
     elif options.get("stored"):
         backend.forward_with_gradient(pairs, lines, need)
     elif case.kernel == "backward_tile":

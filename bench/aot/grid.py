@@ -33,8 +33,8 @@ VARIANTS = {
     "columns stored": {"want": (False, True), "stored": True},
     "ids stored": {"want": (True, False), "stored": True, "channels": 1},
     "sigmoid": {"sigmoid": True},  # of the forward: sums alone
-    "sigmoid stored": {"sigmoid": True, "stored": True},  # both passes in one
-    "sigmoid ids stored": {"sigmoid": True, "stored": True, "channels": 1},
+    "sigmoid stored": {"sigmoid": True, "gradient": True},  # both passes in one
+    "sigmoid ids stored": {"sigmoid": True, "gradient": True, "channels": 1},
     "D tail": {"tail": True},
 }
 

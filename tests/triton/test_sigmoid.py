@@ -1,6 +1,7 @@
 """The sigmoid loss by the kernels against the float64 reference, held to plain PyTorch's error in the same dtype."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -137,9 +138,9 @@ def test_the_operator_passes_opcheck(known):
 def test_wide_tiles_are_stored_in_parts():
     tile = dataclasses.replace(SQUARE, cols=256)
     problem = testing.Problem(40, 300, 16, None, 0, 1, 5.0, "random", False, 0)
-    for descriptors in (True, False):
+    for descriptors, parts in itertools.product((True, False), repeat=2):
         batch = build(problem, torch.float32)
         inputs = with_bias(batch, -6.0)
-        with using(Config(tile, tile, tile, tile, descriptors)):
+        with using(Config(tile, tile, tile, tile, descriptors, parts=parts)):
             actual = run(sigmoid_loss, inputs, backend="triton")
         assert_accurate(actual, inputs, reference.sigmoid_loss, LOSS_NAMES)

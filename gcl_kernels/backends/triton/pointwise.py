@@ -38,7 +38,7 @@ def softplus(
     x = Operands.of(pairs)
     storing = upstream is not None and any(need[:3])
     summing = upstream is not None and need.bias
-    tile, stored = x.tile(stored=storing), storable(x.lhs)
+    tile, stored = x.tile(), storable(x.lhs)
     workspace = None
     if storing:
         chunk = chunk_of_gradient(x.n, x.m, tile.sides, stored.itemsize)
@@ -63,10 +63,12 @@ def softplus(
                 **x.arguments(rows, cols, tile, s),
                 p_positive=positive[rows],
                 out=(parts[0], parts[1] if summing else None, *constants),
-                stored=None if s is None else x.block(s, tile.rows, min(PART, tile.cols)),
+                stored=None
+                if s is None
+                else x.block(s, tile.rows, min(PART, tile.cols) if x.config.parts else tile.cols),
                 p_skip=None,
                 EPILOGUE="softplus_rows",
-                HALVES=False,
+                HALVES=x.config.parts,
             )
             row[rows] += parts[0].sum(dim=0, dtype=torch.float64)
             if sigmoids is not None:

@@ -11,7 +11,7 @@ has learned that most pairs are no pairs, t = exp2(z2) takes one, and 1 / (1 + t
     out     (p_sum, p_sigmoid, p_bias, p_lift): pointers to float32. Written at [tile, row]: the sums of softplus(z) and, where
             sigmoids are stored, of sigmoid(z) over the tile's columns. Read: the bias in base 2, and what stored sigmoids are
             multiplied by (None: 1), both 0-d
-    target  (matrix, stride): where the sigmoids are stored, in blocks of at most PART columns; or None
+    target  (matrix, stride): where the sigmoids are stored, whole, or by HALVES in blocks of at most PART columns; or None
 """
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.
@@ -28,7 +28,7 @@ from ..pointwise import PART as COLUMNS
 from .tiles import column_halves, store_block
 
 LN2 = tl.constexpr(base2.LN2)
-# Columns of a tile whose numbers are in registers beside the logits at a time.
+# Columns of a tile (HALVES) whose numbers are in registers beside the logits at a time.
 PART = tl.constexpr(COLUMNS)
 # The base-2 logits of a small tile: t is at most 1/16.
 SMALL = tl.constexpr(-4.0)
@@ -40,9 +40,9 @@ def softplus_rows(b_s, out, target, tile, place, HALVES: tl.constexpr, FAST: tl.
     p_sum, p_sigmoid, p_bias, p_lift = out
     b_z = b_s + tl.load(p_bias)
     if tl.max(tl.max(b_z, 1), 0) < SMALL:
-        b_sum, b_sigmoid = sums_and_sigmoids(b_z, target, p_lift, place, True)
+        b_sum, b_sigmoid = sums_and_sigmoids(b_z, target, p_lift, place, HALVES, True)
     else:
-        b_sum, b_sigmoid = sums_and_sigmoids(b_z, target, p_lift, place, False)
+        b_sum, b_sigmoid = sums_and_sigmoids(b_z, target, p_lift, place, HALVES, False)
     o_row = place[0] + tl.arange(0, b_s.shape[0])
     o_part = tile[1].to(tl.int64) * place[2] + o_row
     tl.store(p_sum + o_part, b_sum, mask=o_row < place[2])
@@ -52,14 +52,15 @@ def softplus_rows(b_s, out, target, tile, place, HALVES: tl.constexpr, FAST: tl.
 
 
 @triton.jit
-def sums_and_sigmoids(b_z, target, p_lift, place, IS_SMALL: tl.constexpr):
+def sums_and_sigmoids(b_z, target, p_lift, place, HALVES: tl.constexpr, IS_SMALL: tl.constexpr):
     """Row sums of both, (rows,); the sigmoids are stored on the way if they are."""
     i_row, i_col, n, m = place
-    if b_z.shape[1] > PART:
+    if HALVES and b_z.shape[1] > PART:
         HALF: tl.constexpr = b_z.shape[1] // 2
         b_left, b_right = column_halves(b_z)
-        b_sum, b_sigmoid = sums_and_sigmoids(b_left, target, p_lift, place, IS_SMALL)
-        b_more, b_more_sigmoid = sums_and_sigmoids(b_right, target, p_lift, (i_row, i_col + HALF, n, m), IS_SMALL)
+        b_sum, b_sigmoid = sums_and_sigmoids(b_left, target, p_lift, place, HALVES, IS_SMALL)
+        place = (i_row, i_col + HALF, n, m)
+        b_more, b_more_sigmoid = sums_and_sigmoids(b_right, target, p_lift, place, HALVES, IS_SMALL)
         return b_sum + b_more, b_sigmoid + b_more_sigmoid
     else:
         b_loss, b_sigmoid = small(b_z) if IS_SMALL else any_size(b_z)
