@@ -7,7 +7,17 @@ import torch
 from torch.autograd import forward_ad
 
 import reference
-from gcl_kernels import ClipLoss, GCLLoss, aggregate_fields, backends, gcl_loss, pairwise_logsumexp
+from gcl_kernels import (
+    ClipLoss,
+    GCLLoss,
+    SigLipLoss,
+    aggregate_fields,
+    backends,
+    gcl_loss,
+    pairwise_logsumexp,
+    pairwise_softplus,
+    sigmoid_loss,
+)
 
 REFUSED = r"expected tensors without forward-mode tangents .* gcl_kernels\.reference"
 X, Y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (4, 5))
@@ -34,6 +44,11 @@ LOSSES = {
     "pairwise_logsumexp, lhs": (lambda x: pairwise_logsumexp(x, Y, S).row.sum(), X),
     "pairwise_logsumexp, positive": (lambda y: pairwise_logsumexp(X, y, S).positive.sum(), Y),
     "pairwise_logsumexp, logit_scale": (lambda s: pairwise_logsumexp(X, Y, s).col.sum(), S),
+    "pairwise_softplus, lhs": (lambda x: pairwise_softplus(x, Y, S, BIAS).row.sum(), X),
+    "pairwise_softplus, logit_bias": (lambda b: pairwise_softplus(X, Y, S, b).positive.sum(), BIAS),
+    "sigmoid_loss, weights": (lambda w: sigmoid_loss(X, Y, S, BIAS, weights=w), W),
+    "SigLipLoss, features": (lambda x: SigLipLoss()(x, X, S, BIAS), X),
+    "SigLipLoss, logit_bias": (lambda b: SigLipLoss()(X, X, S, b), BIAS),
     "aggregate_fields, Triton": (lambda x: aggregate_fields([X.float(), x], backend="triton").sum(), X.float()),
 }
 

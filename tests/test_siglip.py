@@ -87,9 +87,3 @@ def test_wrong_options_are_refused_when_the_module_is_made(options, message):
 def test_unequal_rows_are_an_error():
     with pytest.raises(ValueError, match="text_features: expected 6 rows, as image_features has, got 5"):
         SigLipLoss()(torch.randn(6, 4), torch.randn(5, 4), 1.0, 0.0)
-
-
-def test_repr_is_the_call():
-    assert repr(SigLipLoss(rank=1, world_size=2, dist_impl="gather")) == (
-        "SigLipLoss(rank=1, world_size=2, dist_impl='gather')"
-    )

@@ -10,7 +10,18 @@ import typing
 import pytest
 import torch
 
-from gcl_kernels import ClipLoss, GCLLoss, aggregate_fields, gcl_loss, pairwise_logsumexp, score_to_weight, types
+from gcl_kernels import (
+    ClipLoss,
+    GCLLoss,
+    SigLipLoss,
+    aggregate_fields,
+    gcl_loss,
+    pairwise_logsumexp,
+    pairwise_softplus,
+    score_to_weight,
+    sigmoid_loss,
+    types,
+)
 
 KNOTS = [(1, 0.0), (50, 1.0), (100, 11.0)]
 X, Y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (4, 5))
@@ -91,6 +102,8 @@ def test_losses_and_score_functions_go_to_a_spawned_process():
         ),
         (ClipLoss(), "ClipLoss()"),
         (ClipLoss(local_loss=True, rank=1, world_size=2), "ClipLoss(local_loss=True, rank=1, world_size=2)"),
+        (SigLipLoss(), "SigLipLoss()"),
+        (SigLipLoss(rank=1, world_size=2, dist_impl="gather"), "SigLipLoss(rank=1, world_size=2, dist_impl='gather')"),
         (score_to_weight("log"), "score_to_weight('log')"),
         (score_to_weight("log", s_max=5, normalize="mean"), "score_to_weight('log', s_max=5, normalize='mean')"),
         (score_to_weight("piecewise", knots=[(1, 0), (100, 2)]), "score_to_weight('piecewise', knots=((1, 0), (100, 2)))"),
@@ -168,6 +181,10 @@ def test_an_option_that_decides_the_weights_cannot_be_changed_without_them():
         GCLLoss.__init__,
         GCLLoss.forward,
         ClipLoss.forward,
+        SigLipLoss.__init__,
+        SigLipLoss.forward,
+        sigmoid_loss,
+        pairwise_softplus,
         aggregate_fields,
         score_to_weight,
     ],

@@ -16,6 +16,7 @@ from typing_extensions import assert_type
 
 import gcl_kernels
 from gcl_kernels import ClipLoss, GCLLoss, PairwiseLSE, aggregate_fields, gcl_loss, pairwise_logsumexp, score_to_weight
+from gcl_kernels import PairwiseSoftplus, SigLipLoss, pairwise_softplus, sigmoid_loss
 from gcl_kernels.types import Directions
 
 x, y, scores = torch.randn(4, 3), torch.randn(5, 3), torch.ones(4)
@@ -32,6 +33,10 @@ assert_type(ClipLoss()(x, y, 1.0, output_dict=yes), Tensor | dict[str, Tensor])
 assert_type(score_to_weight("log", s_max=5)(scores, scores > 1), Tensor)
 assert_type(aggregate_fields({"a": x, "b": x}, {"a": 0.5, "b": 0.5}, backend="torch"), Tensor)
 assert_type(pairwise_logsumexp(x, y, 1.0, transport="ring"), PairwiseLSE)
+assert_type(pairwise_softplus(x, y, 1.0, -10.0), PairwiseSoftplus)
+assert_type(sigmoid_loss(x, {"title": y}, 1.0, torch.tensor(-10.0)), Tensor)
+assert_type(SigLipLoss()(x, y, 1.0, None), Tensor)
+assert_type(SigLipLoss()(x, y, 1.0, None, output_dict=True), dict[str, Tensor])
 assert_type(gcl_kernels.__version__, str)
 
 gcl_loss(x, y, 1.0, redction="mean")  # wrong
@@ -45,6 +50,8 @@ GCLLoss(normalize="sum")  # wrong
 GCLLoss()(x, y, 1.0)  # wrong
 ClipLoss(worldsize=2)  # wrong
 ClipLoss()(x, y, 1.0, outptu_dict=True)  # wrong
+SigLipLoss(worldsize=2)  # wrong
+sigmoid_loss(x, y, 1.0)  # wrong
 score_to_weight("lgo")  # wrong
 aggregate_fields([x], normalise=True)  # wrong
 pairwise_logsumexp(x, y, 1.0, backend="cuda")  # wrong
