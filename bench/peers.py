@@ -86,7 +86,8 @@ def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
 def open_clip(case: Case) -> Loss:
     plain_pairs(case)
     if case.loss == "sigmoid":
-        return sigmoid(imported(lambda: importlib.import_module("open_clip.loss").SigLipLoss()))
+        imported(import_open_clip)
+        return sigmoid(importlib.import_module("open_clip.loss").SigLipLoss())
     require(case.directions == "both", "has both directions only")
     clip = imported(lambda: import_open_clip().ClipLoss())
     return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
