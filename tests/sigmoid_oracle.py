@@ -29,13 +29,15 @@ def run(function, inputs, **options):
 def floor(lhs, rhs, scale, bias) -> float:
     """`testing.floor` of logits that the bias is part of: it is rounded to base 2 once, by what all logits have in common.
 
-    At a scale of 0 all of a column has one logit, and so one rounding of its sigmoid, in every form: luck that they cannot show.
+    In half precision one line, or one logit that all pairs have at a scale of 0, is one rounding of G, which may be lucky in all
+    dense forms at once.
     """
     exact = lhs.dtype == torch.float64
     eps = torch.finfo(torch.float64 if exact else torch.float32).eps
     more = eps * abs(float(bias.detach()))
-    if float(scale.detach()) == 0 and lhs.dtype in (torch.bfloat16, torch.float16):
-        more += torch.finfo(lhs.dtype).eps / 2 / min(len(lhs), len(rhs)) ** 0.5
+    if lhs.dtype in (torch.bfloat16, torch.float16):
+        lines = 1 if float(scale.detach()) == 0 else min(len(lhs), len(rhs))
+        more += torch.finfo(lhs.dtype).eps / 2 / lines
     return testing.floor(lhs, rhs, scale) + more
 
 

@@ -12,19 +12,16 @@ from torch import Tensor
 
 from ...pairs import Pairs
 from ..base2 import LN2
-from ..contract import Lines, Need
 from ..pointwise import PointwiseGradients, PointwiseNeed, PointwiseUpstream, bias2_of
-from ..positives import positive_entries
-from ..upstream import normalized
-from .passes import Totals, plane_of
+from ..pointwise_products import Products
+from ..products import add_product, add_rounded_product
+from .passes import plane_of
 from .tiles import Plane
 
 # The largest base-2 logit of a tile that takes one exponential: u has many powers of two left in float32.
 PLAIN = 60.0
 # Above it softplus(z) is z to any rounding: e^-40 / 40 is 1e-19.
 LINEAR = 40.0
-# What a G in float16 is lifted by, besides `upstream.FLOAT16_LIFT`: a sigmoid of 2^-26 is then still a normal number.
-FLOAT16_LIFT = 2.0**4
 
 
 def softplus(
@@ -40,49 +37,39 @@ def softplus(
     bias2, positive = bias2_of(bias, plane.compute), plane.new_positive()
     row = pairs.lhs.new_zeros(pairs.n, dtype=plane.statistics)
     sigmoids = torch.zeros_like(row)
-    totals = gain = norm = None
+    products = None
     if upstream is not None and any(need[:3]):
-        totals = Totals.of(plane, Need(*need[:3]))
-        upstream, norm = relative(upstream, plane)
-        gain = None if plane.reads and bool((upstream.row == 1).all()) else upstream.row.to(plane.compute)
+        products = products_of(plane, upstream, need)
     for rows, cols in plane.tiles():
         z2 = plane.negatives(rows, cols, positive).add_(bias2)
         row[rows] += sums_and_sigmoids_(z2, plane, rows, cols)
         if upstream is not None and need.bias:
             sigmoids[rows] += z2.sum(dim=1)
-        if totals is not None and upstream is not None:
-            if gain is not None:
-                z2.mul_(gain[rows, None])
-            plane.write_positives(z2, rows, cols, entries(plane, rows, upstream, positive, bias))
-            totals.add(z2, rows, cols)
+        if products is not None:
+            s = z2 if products.lift is None else z2.mul_(products.lift)
+            products.add(s.to(plane.operand), rows, cols)
+            del s
         del z2  # free before the next is made
+    positive = positive.to(plane.statistics, copy=True).mul_(LN2)
     gradients = PointwiseGradients()
     if upstream is not None:
-        dlhs, drhs, dscale = (None, None, None) if totals is None else totals.finish(norm, dtype)
-        dbias = (sigmoids * upstream.row.to(row)).sum() if need.bias else None
-        if dbias is not None:
-            dbias = (dbias if norm is None else dbias * norm).to(bias)
+        dlhs = drhs = dscale = None
+        if products is not None:
+            entry = upstream.at_positives(positive, bias, pairs.labels)
+            dlhs, drhs, dscale = products.finish(entry, pairs.labels, pairs.logit_scale)
+            dlhs, drhs = (None if g is None else g.to(dtype or pairs.lhs.dtype) for g in (dlhs, drhs))
+        dbias = (sigmoids * upstream.row.to(row)).sum().to(bias) if need.bias else None
         gradients = PointwiseGradients(dlhs, drhs, dscale, dbias)
-    return row, positive.to(plane.statistics, copy=True).mul_(LN2), gradients
+    return row, positive, gradients
 
 
-def relative(upstream: PointwiseUpstream, plane: Plane) -> tuple[PointwiseUpstream, Tensor | None]:
-    """The upstream gradients divided by a norm, and that norm, None for 1.
-
-    Where all rows have one gradient, as in every mean, they become 1 and G holds the sigmoids as they are.
-    """
-    lines, norm = normalized(Lines(upstream.row, None, upstream.positive), plane.operand)
-    assert lines.row is not None
-    more = None
-    if plane.operand == torch.float16:
-        more = lines.row.new_full((), 1 / FLOAT16_LIFT)
-    elif plane.reads and norm is None and bool(lines.row[0] > 0) and bool((lines.row == lines.row[0]).all()):
-        more = lines.row[0].clone()
-    if more is not None:
-        lines = Lines(*(None if g is None else g / more for g in lines))
-        norm = more if norm is None else norm * more
-    assert lines.row is not None
-    return upstream._replace(row=lines.row, positive=lines.positive), norm
+def products_of(plane: Plane, upstream: PointwiseUpstream, need: PointwiseNeed) -> Products:
+    g = upstream.row
+    # in every mean all rows have one gradient: the host may see that nothing is to be multiplied by it
+    all_alike = plane.reads and bool(g[0] != 0) and bool((g == g[0]).all())
+    add = add_product if plane.operand == plane.logit_operand else add_rounded_product
+    sides = plane.pairs.lhs, plane.pairs.rhs
+    return Products(sides, (plane.operand, plane.compute), upstream, need, add, all_alike)
 
 
 def sums_and_sigmoids_(z2: Tensor, plane: Plane, rows: slice, cols: slice) -> Tensor:
@@ -96,14 +83,3 @@ def sums_and_sigmoids_(z2: Tensor, plane: Plane, rows: slice, cols: slice) -> Te
     sums = torch.log1p(u, out=other).sum(dim=1)
     u.div_(torch.add(u, 1.0, out=other))
     return sums
-
-
-def entries(plane: Plane, rows: slice, upstream: PointwiseUpstream, positive: Tensor, bias: Tensor) -> Tensor:
-    """(N, P) G at the labels of a chunk of rows; the other rows' are not there."""
-    labels = None if plane.pairs.labels is None else plane.pairs.labels[rows]
-    here = positive[rows].to(plane.statistics) * LN2
-    of_rows = upstream._replace(positive=None if upstream.positive is None else upstream.positive[rows])
-    g = of_rows.at_positives(here, bias, labels)
-    entry = torch.empty_like(positive)
-    entry[rows] = positive_entries(labels, Lines(None, None, here), Lines(None, None, g), False).to(positive)
-    return entry
