@@ -29,7 +29,7 @@ def run(function, inputs, **options):
 def floor(lhs, rhs, scale, bias) -> float:
     """`testing.floor` of logits that the bias is part of: it is rounded to base 2 once, by what all logits have in common.
 
-    In half precision pairs of a line that have one logit have one rounding of G, which may be lucky in all dense forms at once, as
+    In half precision pairs of a line that have one logit have one rounding of G. It may be lucky in all dense forms at once, as
     one rounding of a logit may (`testing.floor`). At a scale of 0 all pairs have one.
     """
     exact = lhs.dtype == torch.float64
