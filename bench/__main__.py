@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draw", type=words(cases.DRAWS), default=["clustered"])
     parser.add_argument("--fields", type=numbers(int), default=[1], help="fields of the right-hand side")
     parser.add_argument("--ids", action="store_true", help="mask false negatives")
+    parser.add_argument("--loss", default="softmax", choices=cases.LOSSES)
     parser.add_argument(
         "--peers",
         type=chosen_peers,
@@ -102,7 +104,7 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
         fields=options.fields,
         ids=[options.ids],
     )
-    return [(case, options.peers) for case in found]
+    return [(replace(case, loss=options.loss), options.peers) for case in found]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

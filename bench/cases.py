@@ -15,6 +15,9 @@ SHORT_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf
 DTYPES = {name: dtype for dtype, short in SHORT_NAMES.items() for name in (short, str(dtype).removeprefix("torch."))}
 PASSES = ("forward", "backward", "both")
 DRAWS = ("isotropic", "clustered")
+LOSSES = ("softmax", "sigmoid")
+
+LOGIT_BIAS = -10.0  # of a sigmoid: SigLIP's start
 
 CLUSTER = 16  # rows that share a centre: a query has so many near ties
 
@@ -32,11 +35,13 @@ class Case:
     draw: str = "clustered"
     fields: int = 1  # of the right-hand side
     ids: bool = False
+    loss: str = "softmax"
 
     @property
     def flops(self) -> int:
-        """Of the least work without N x M memory, by which rates are counted: 8 N M D, 6 for one direction; 2 forward alone."""
-        least = {"forward": 2, "backward": 6 if self.directions == "both" else 4}
+        """Of the least work without N x M memory, by which rates are counted: 8 N M D, 6 for one direction and for a sigmoid; 2
+        forward alone."""
+        least = {"forward": 2, "backward": 6 if self.directions == "both" and self.loss == "softmax" else 4}
         return (sum(least.values()) if self.passes == "both" else least[self.passes]) * self.n * self.m * self.d
 
     @property
@@ -46,6 +51,7 @@ class Case:
         extras += [self.directions] if self.directions != "both" else []
         extras += [f"{self.passes} only"] if self.passes != "both" else []
         extras += [f"{self.fields} fields"] if self.fields > 1 else []
+        extras += [self.loss] if self.loss != "softmax" else []
         return ", ".join([shape, *extras, *["ids"] * self.ids])
 
     def as_dict(self) -> dict:
@@ -148,5 +154,6 @@ def curves(device: str) -> list[tuple[Case, tuple[str, ...]]]:
         ({"dtype": other_dtype}, beside),
         ({"logit_scale": 100.0}, beside),
         ({"logit_scale": 100.0, "draw": "isotropic"}, beside),
+        ({"loss": "sigmoid", "logit_scale": 10.0}, (*beside, *(() if cpu else ("siglip_kernel",)))),
     ]
     return [(replace(base, **change), peers) for change, peers in changed]

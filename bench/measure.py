@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import oracle
-from bench.cases import DTYPES, Case, Inputs, build
+from bench.cases import DTYPES, LOGIT_BIAS, Case, Inputs, build
 from bench.peers import COMPILED, DENSE_COPIES, Loss, Unsupported, peer, version
 from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
@@ -89,6 +89,8 @@ def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
     lhs, rhs, scale = inputs.leaves
     if case.device == "mps":  # has no float64
         lhs, rhs, scale = (x.cpu() for x in (lhs, rhs, scale))
+    if case.loss == "sigmoid":
+        return oracle.sigmoid_loss_and_gradients(lhs, rhs, scale, LOGIT_BIAS)
     return oracle.loss_and_gradients(lhs, rhs, scale, ROW_SHARE[case.directions])
 
 

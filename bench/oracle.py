@@ -39,6 +39,24 @@ def loss_and_gradients(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, a: float) 
     return [loss, dlhs, drhs, dscale]
 
 
+def sigmoid_loss_and_gradients(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, logit_bias: float) -> list[Tensor]:
+    """[loss, dlhs, drhs, dscale] of sum_ij softplus(z_ij), softplus(-z_ii) at the pairs, over N."""
+    x, y, scale = (v.detach().double() for v in (lhs, rhs, logit_scale))
+    n, m = len(x), len(y)
+    loss, dlhs, drhs, dscale = scale.new_zeros(()), torch.empty_like(x), torch.zeros_like(y), scale.new_zeros(())
+    for rows in chunks(n, m):
+        dot = x[rows] @ y.T
+        sign = torch.ones_like(dot)
+        sign.diagonal(rows.start).fill_(-1)
+        z = sign * (scale * dot + logit_bias)
+        loss += torch.logaddexp(z, torch.zeros_like(z)).sum() / n
+        g = sign * torch.sigmoid(z) / n
+        dlhs[rows] = scale * g @ y
+        drhs += scale * g.T @ x[rows]
+        dscale += (g * dot).sum()
+    return [loss, dlhs, drhs, dscale]
+
+
 def chunks(n: int, m: int) -> Iterator[slice]:
     step = max(1, CHUNK_BYTES // (8 * m))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs
+from bench.cases import LOGIT_BIAS, Case, Inputs
 from gcl_kernels.training.openclip import import_open_clip
 
 Loss = Callable[[Inputs], Tensor]
@@ -59,12 +59,19 @@ def on_gpu(case: Case) -> None:
 
 
 def ours(case: Case) -> Loss:
-    from gcl_kernels import ClipLoss, gcl_loss
+    from gcl_kernels import ClipLoss, SigLipLoss, gcl_loss
 
+    if case.loss == "sigmoid":
+        plain_pairs(case)
+        return sigmoid(SigLipLoss())
     if case.fields == 1 and not case.ids and case.directions == "both" and case.n == case.m:
         clip = ClipLoss()
         return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
     return any_case(case, gcl_loss)
+
+
+def sigmoid(module: Callable[..., Tensor]) -> Loss:
+    return lambda x: module(x.lhs, x.rhs[0], x.logit_scale, LOGIT_BIAS)
 
 
 def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
@@ -78,6 +85,9 @@ def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
 
 def open_clip(case: Case) -> Loss:
     plain_pairs(case)
+    if case.loss == "sigmoid":
+        imported(import_open_clip)
+        return sigmoid(importlib.import_module("open_clip.loss").SigLipLoss())
     require(case.directions == "both", "has both directions only")
     clip = imported(lambda: import_open_clip().ClipLoss())
     return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
@@ -181,7 +191,12 @@ def sentence_transformers(case: Case) -> Loss:
 
 
 def siglip_kernel(case: Case) -> Loss:
-    raise Unsupported("a sigmoid loss, which this library does not have: nothing to set beside it")
+    require(case.loss == "sigmoid", "has a sigmoid loss only")
+    plain_pairs(case)
+    on_gpu(case)
+    loss = package("siglip_kernel").fused_siglip_loss
+    bias = torch.tensor(LOGIT_BIAS, device=case.device)
+    return lambda x: loss(x.lhs, x.rhs[0], x.logit_scale.log(), bias)
 
 
 PEERS: dict[str, Callable[[Case], Loss]] = {
@@ -219,15 +234,22 @@ DENSE_COPIES = {
     "sentence_transformers": 4,
 }
 COMPILED = ("open_clip_compiled",)
+# Peers that have a sigmoid loss.
+SIGMOID = ("ours", "open_clip", "open_clip_compiled", "siglip_kernel")
 
 
 def peer(name: str) -> Callable[[Case], Loss]:
+    def known(case: Case) -> Loss:
+        require(case.loss == "softmax" or name in SIGMOID, "has no sigmoid loss")
+        return PEERS[name](case)
+
     if ":" not in name:
-        return PEERS[name]
+        return known
     module, _, function = name.partition(":")
 
     def make(case: Case) -> Loss:
         plain(case)
+        require(case.loss == "softmax", "takes no bias")
         loss = getattr(package(module), function)
         return lambda x: loss(x.lhs, x.rhs[0], x.logit_scale)
 

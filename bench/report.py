@@ -59,7 +59,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def case_of(cell: Cell) -> Case:
-    return Case(**{name: cell[name] for name in Case.__dataclass_fields__})
+    return Case(**{name: cell[name] for name in Case.__dataclass_fields__ if name in cell})
 
 
 def median(cell: Cell) -> float:

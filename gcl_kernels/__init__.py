@@ -8,6 +8,9 @@ from .lse import PairwiseLSE, pairwise_logsumexp
 from .memory_bank import MemoryBank
 from .positives import positives_of
 from .score_to_weight import score_to_weight
+from .siglip import SigLipLoss
+from .sigmoid import sigmoid_loss
+from .softplus import PairwiseSoftplus, pairwise_softplus
 from .views import nt_xent_loss, supcon_loss
 
 __all__ = [
@@ -20,6 +23,10 @@ __all__ = [
     "PairwiseLSE",
     "positives_of",
     "MemoryBank",
+    "sigmoid_loss",
+    "SigLipLoss",
+    "pairwise_softplus",
+    "PairwiseSoftplus",
     "aggregate_fields",
     "score_to_weight",
     "__version__",

@@ -135,7 +135,7 @@ class ClipLoss(nn.Module):
                 )
             bias = None if logit_bias is None else check_scale(logit_bias, image_features, "logit_bias")
             if self.world_size > 1:
-                self._check_group()
+                check_default_group(self.rank, self.world_size)
         if self.world_size == 1:
             loss = gcl_loss(image_features, text_features, logit_scale)
         else:
@@ -148,16 +148,6 @@ class ClipLoss(nn.Module):
 
         @signature_of(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def _check_group(self) -> None:
-        for name, actual in (
-            ("world_size", torch.distributed.get_world_size()),
-            ("rank", torch.distributed.get_rank()),
-        ):
-            if getattr(self, name) != actual:
-                raise ValueError(
-                    f"{name}: expected {actual}, as in the default process group, got {getattr(self, name)}"
-                )
 
     def _distributed(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
         if not self.local_loss:
@@ -184,3 +174,12 @@ class ClipLoss(nn.Module):
             logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
         share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
         return distributed.sum_values(share, copies, group)
+
+
+def check_default_group(rank: int, world_size: int) -> None:
+    """That the numbers a drop-in was made with are those of the default process group."""
+    given = {"world_size": world_size, "rank": rank}
+    actual = {"world_size": torch.distributed.get_world_size(), "rank": torch.distributed.get_rank()}
+    for name, expected in actual.items():
+        if given[name] != expected:
+            raise ValueError(f"{name}: expected {expected}, as in the default process group, got {given[name]}")

@@ -6,11 +6,24 @@ nothing but torch, takes part in no dispatch and shares no code with `gcl_kernel
 
 from .dense import (
     PairwiseLSE,
+    PairwiseSoftplus,
     aggregate_fields,
     gcl_loss,
     hidden_pairs,
     pairwise_logsumexp,
+    pairwise_softplus,
     score_to_weight,
+    sigmoid_loss,
 )
 
-__all__ = ["gcl_loss", "pairwise_logsumexp", "PairwiseLSE", "aggregate_fields", "hidden_pairs", "score_to_weight"]
+__all__ = [
+    "gcl_loss",
+    "pairwise_logsumexp",
+    "PairwiseLSE",
+    "sigmoid_loss",
+    "pairwise_softplus",
+    "PairwiseSoftplus",
+    "aggregate_fields",
+    "hidden_pairs",
+    "score_to_weight",
+]

@@ -88,6 +88,68 @@ def pairwise_logsumexp(
     return PairwiseLSE(row, col, torch.where(labels >= 0, positive, 0.0))
 
 
+class PairwiseSoftplus(NamedTuple):
+    row: Tensor  # (N,)  sum of softplus(z) over the negatives that row i sees
+    positive: Tensor  # shaped as labels: z[i, t_i], 0 where t_i = -1
+
+
+def pairwise_softplus(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    lhs_ids: Tensor | None = None,
+    rhs_ids: Tensor | None = None,
+    lhs_limit: Tensor | None = None,
+    rhs_limit: Tensor | None = None,
+    rhs_bias: Tensor | None = None,
+) -> PairwiseSoftplus:
+    """z = logit_scale * lhs @ rhs.T + logit_bias + rhs_bias; its row sums of softplus over the visible pairs without a label, and
+    the positives' z."""
+    n, m = lhs.shape[0], rhs.shape[0]
+    labels = diagonal_labels(n, lhs.device) if labels is None else labels
+    similarity = lhs @ rhs.T
+    z = logit_scale * similarity + logit_bias
+    z = z if rhs_bias is None else z + rhs_bias.to(z)
+    hidden = hidden_pairs(labels, m, lhs_ids, rhs_ids, similarity.detach(), lhs_limit, rhs_limit)
+    row = torch.where(hidden | labelled_pairs(labels, m), 0.0, softplus(z)).sum(dim=1)
+    positive = z.gather(1, labels.clamp(min=0).reshape(n, -1)).reshape(labels.shape)
+    return PairwiseSoftplus(row, torch.where(labels >= 0, positive, 0.0))
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + exp(z)); torch's own softplus is z itself above a threshold, which costs float64 its last digits."""
+    return -torch.nn.functional.logsigmoid(-z)
+
+
+def sigmoid_loss(
+    lhs: Tensor,
+    rhs: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    reduction: str = "mean",
+    **hiding: Tensor | None,
+) -> Tensor:
+    """l_i = sum_p w_ip softplus(-z_{i,t_ip}) + row_i. `hiding`: the ids, limits and biases of `pairwise_softplus`."""
+    n = lhs.shape[0]
+    row, positive = pairwise_softplus(lhs, rhs, logit_scale, logit_bias, labels=labels, **hiding)
+    labels = diagonal_labels(n, lhs.device) if labels is None else labels
+    weights = lhs.new_ones(labels.shape) if weights is None else weights
+    weights = torch.where(labels >= 0, weights, 0.0)
+    loss = (weights * softplus(-positive)).reshape(n, -1).sum(dim=1) + row
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    total = weights.sum().to(loss)
+    return loss.sum() / (n if reduction == "mean" else torch.where(total > 0, total, 1.0))
+
+
 def aggregate_fields(
     fields: Mapping[str, Tensor],
     weights: Mapping[str, float] | None = None,

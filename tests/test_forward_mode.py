@@ -11,11 +11,14 @@ from gcl_kernels import (
     ClipLoss,
     GCLLoss,
     MemoryBank,
+    SigLipLoss,
     aggregate_fields,
     backends,
     gcl_loss,
     nt_xent_loss,
     pairwise_logsumexp,
+    pairwise_softplus,
+    sigmoid_loss,
     supcon_loss,
 )
 
@@ -48,6 +51,11 @@ LOSSES = {
     "nt_xent_loss, logit_scale": (lambda s: nt_xent_loss(X, X, s), S),
     "supcon_loss, features": (lambda x: supcon_loss(x, torch.tensor([0, 0, 1, 1]), S), X),
     "MemoryBank.logsumexp, x": (lambda x: MemoryBank(2, 3).logsumexp(x, S).exp().sum(), X),
+    "pairwise_softplus, lhs": (lambda x: pairwise_softplus(x, Y, S, BIAS).row.sum(), X),
+    "pairwise_softplus, logit_bias": (lambda b: pairwise_softplus(X, Y, S, b).positive.sum(), BIAS),
+    "sigmoid_loss, weights": (lambda w: sigmoid_loss(X, Y, S, BIAS, weights=w), W),
+    "SigLipLoss, features": (lambda x: SigLipLoss()(x, X, S, BIAS), X),
+    "SigLipLoss, logit_bias": (lambda b: SigLipLoss()(X, X, S, b), BIAS),
     "aggregate_fields, Triton": (lambda x: aggregate_fields([X.float(), x], backend="triton").sum(), X.float()),
 }
 

@@ -16,6 +16,7 @@ from typing_extensions import assert_type
 
 import gcl_kernels
 from gcl_kernels import ClipLoss, GCLLoss, PairwiseLSE, aggregate_fields, gcl_loss, pairwise_logsumexp, score_to_weight
+from gcl_kernels import PairwiseSoftplus, SigLipLoss, pairwise_softplus, sigmoid_loss
 from gcl_kernels.types import Directions
 
 x, y, scores = torch.randn(4, 3), torch.randn(5, 3), torch.ones(4)
@@ -35,6 +36,10 @@ assert_type(pairwise_logsumexp(x, y, 1.0, transport="ring"), PairwiseLSE)
 assert_type(gcl_kernels.nt_xent_loss(x, x, 1.0, reduction="none"), Tensor)
 assert_type(gcl_kernels.supcon_loss(x, gcl_kernels.positives_of(torch.arange(4))[:, 0], 1.0), Tensor)
 assert_type(gcl_kernels.MemoryBank(8, 3, device="cpu").logsumexp(x, 1.0), Tensor)
+assert_type(pairwise_softplus(x, y, 1.0, -10.0), PairwiseSoftplus)
+assert_type(sigmoid_loss(x, {"title": y}, 1.0, torch.tensor(-10.0)), Tensor)
+assert_type(SigLipLoss()(x, y, 1.0, None), Tensor)
+assert_type(SigLipLoss()(x, y, 1.0, None, output_dict=True), dict[str, Tensor])
 assert_type(gcl_kernels.__version__, str)
 
 gcl_loss(x, y, 1.0, redction="mean")  # wrong
@@ -50,6 +55,8 @@ ClipLoss(worldsize=2)  # wrong
 ClipLoss()(x, y, 1.0, outptu_dict=True)  # wrong
 gcl_kernels.nt_xent_loss(x, 1.0)  # wrong
 gcl_kernels.supcon_loss(x, y, 1.0, reduction="max")  # wrong
+SigLipLoss(worldsize=2)  # wrong
+sigmoid_loss(x, y, 1.0)  # wrong
 score_to_weight("lgo")  # wrong
 aggregate_fields([x], normalise=True)  # wrong
 pairwise_logsumexp(x, y, 1.0, backend="cuda")  # wrong

@@ -17,7 +17,8 @@ from bench.aot.grid import Case
 from bench.cases import SHORT_NAMES
 from gcl_kernels.backends import Lines, Mean, Need, Want, settings
 from gcl_kernels.backends import triton as backend
-from gcl_kernels.backends.triton import field_kernels, fields, kernels, run, softmax
+from gcl_kernels.backends.pointwise import PointwiseNeed, PointwiseUpstream
+from gcl_kernels.backends.triton import field_kernels, fields, kernels, run, sigmoid, softmax
 from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
@@ -36,12 +37,16 @@ def build(case: Case) -> triton.compiler.CompiledKernel:
         name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr:
             signature[name] = "constexpr"
-            constants[name] = getattr(softmax, value) if name in run.FUNCTIONS and value is not None else value
+            constants[name] = function_of_a_tile(value) if name in run.FUNCTIONS and value is not None else value
         else:
             specialized = not parameter.do_not_specialize
             signature[name] = declared(value, (parameter.num,), specialized, attributes, constants)
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget(*case.family.target), options=options)
+
+
+def function_of_a_tile(name: str) -> Any:
+    return getattr(sigmoid if hasattr(sigmoid, name) else softmax, name)
 
 
 def declared(value: Any, path: tuple[int, ...], specialized: bool, attributes: dict, constants: dict) -> Any:
@@ -97,7 +102,11 @@ def launch_tiles(case: Case) -> None:
     shapes = LINES, LINES, (LINES, pairs.positives)
     lines = Lines(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))
     lines = lines._replace(row=lines.row if want.row else None, col=lines.col if want.col else None)
-    if options.get("stored"):
+    if options.get("sigmoid"):
+        upstream = PointwiseUpstream(torch.empty(LINES, dtype=torch.float64, device="meta"), lines.positive)
+        known = upstream if options.get("gradient") else None
+        backend.softplus(pairs, pairs.logit_scale, known, PointwiseNeed(True, True, True, True))
+    elif options.get("stored"):
         backend.forward_with_gradient(pairs, lines, need)
     elif case.kernel == "backward_tile":
         backend.backward(pairs, lines, lines, need)

@@ -32,6 +32,9 @@ VARIANTS = {
     "rows stored": {"want": (True, False), "stored": True},  # of the forward: one direction in one pass
     "columns stored": {"want": (False, True), "stored": True},
     "ids stored": {"want": (True, False), "stored": True, "channels": 1},
+    "sigmoid": {"sigmoid": True},  # of the forward: sums alone
+    "sigmoid stored": {"sigmoid": True, "gradient": True},  # both passes in one
+    "sigmoid ids stored": {"sigmoid": True, "gradient": True, "channels": 1},
     "D tail": {"tail": True},
 }
 
@@ -117,7 +120,7 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
                             yield from (
                                 replace(case, variant=v)
                                 for v in VARIANTS
-                                if v and (kernel == "forward_tile" or not VARIANTS[v].get("stored"))
+                                if v and (kernel == "forward_tile" or not {"stored", "sigmoid"} & VARIANTS[v].keys())
                             )
             for kernel in ("aggregate_forward", "aggregate_backward"):
                 yield from (Case(family, kernel, dtype, d) for d in dimensions)

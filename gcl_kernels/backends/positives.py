@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .base2 import logsumexp2_
+from .chunks import slices
 from .contract import Lines
 from .settings import may_read_on_host
 
@@ -75,3 +76,32 @@ def positives_by_column(labels: Tensor | None, positive: Tensor, m: int) -> Tens
         parts = (parts * 2.0**40).nan_to_num(0, 0, 0).to(torch.int64)
         total = torch.zeros_like(top, dtype=torch.int64).index_add_(0, column, parts).to(top.dtype) * 2.0**-40
     return top + total.log2()
+
+
+def add_positives(
+    entry: Tensor,
+    labels: Tensor | None,
+    sides: tuple[Tensor, Tensor],
+    products: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """What G's entries at the labels (N, P) add to both products, G rhs and G^T lhs, in the same order every time."""
+    (lhs, rhs), (d_lhs, d_rhs) = sides, products
+    wide = d_lhs if d_lhs is not None else d_rhs
+    if wide is None:
+        return
+    entry = entry.to(wide.dtype)
+    for rows in slices(len(lhs), 4096):
+        x = lhs[rows]
+        for position in range(entry.shape[1]):
+            share = entry[rows, position, None]
+            if labels is None:
+                if d_lhs is not None:
+                    d_lhs[rows] += share * rhs[rows]
+                if d_rhs is not None:
+                    d_rhs[rows] += share * x
+                continue
+            column = labels[rows, position].clamp(min=0)
+            if d_lhs is not None:
+                d_lhs[rows] += share * rhs[column]
+            if d_rhs is not None:
+                d_rhs.index_put_((column,), share * x, accumulate=True)

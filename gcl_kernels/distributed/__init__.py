@@ -7,11 +7,13 @@ The N x M plane is cut by rows, so a rank does 8 N M D / world and nothing twice
 
 Besides rhs (and, in the backward, its gradient in float32) what travels is O(M) a rank: ids, and each rank's part of col.
 
-`agreement` is the first exchange of every call, `exchange` moves bytes, `primitive` is the loss's statistics over ranks.
+`agreement` is the first exchange of every call, `exchange` moves bytes, `primitive` is the softmax's statistics over ranks,
+`pointwise` the sigmoid's sums.
 """
 
 from .agreement import Ranks, agree, first_column, shared_failure
 from .exchange import all_rows, sum_gradients, sum_values, total
+from .pointwise import softplus
 from .primitive import statistics
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "all_rows",
     "first_column",
     "shared_failure",
+    "softplus",
     "statistics",
     "sum_gradients",
     "sum_values",

@@ -27,6 +27,28 @@ def test_the_oracle_is_the_reference(n, m, directions, monkeypatch):
         assert relative_error(got, want.detach()) < 1e-10
 
 
+@pytest.mark.parametrize(("n", "m"), [(37, 37), (23, 40)])
+def test_the_sigmoid_s_oracle_is_the_reference(n, m, monkeypatch):
+    monkeypatch.setattr(oracle, "CHUNK_BYTES", 8 * m * 10)
+    leaves = cases.build(cases.Case("cpu", "fp64", n, m, 19, logit_scale=17.0, loss="sigmoid")).leaves
+    exact = oracle.sigmoid_loss_and_gradients(*leaves, cases.LOGIT_BIAS)
+    loss = reference.sigmoid_loss(*leaves, cases.LOGIT_BIAS)
+    for got, want in zip(exact, (loss, *torch.autograd.grad(loss, leaves)), strict=True):
+        assert relative_error(got, want.detach()) < 1e-10
+
+
+def test_peers_of_a_sigmoid_loss_agree_and_others_say_why_not():
+    case = cases.Case("cpu", "fp32", 40, 40, 16, logit_scale=10.0, loss="sigmoid")
+    rows = {
+        row["peer"]: row for row in measure.cell_rows(case, ("ours", "open_clip", "dense", "siglip_kernel"), 1, True)
+    }
+    assert case.flops == 6 * 40 * 40 * 16
+    for name in ("ours", "open_clip"):
+        assert max(rows[name]["error"].values()) < 1e-5
+    assert rows["dense"]["reason"] == "has no sigmoid loss"
+    assert "cpu" in rows["siglip_kernel"]["reason"]
+
+
 @pytest.mark.parametrize("draw", cases.DRAWS)
 def test_inputs_are_unit_vectors_never_alike(draw):
     case = cases.Case("cpu", "fp32", 200, 230, 64, draw=draw, fields=2)

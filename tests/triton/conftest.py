@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-KERNEL_TESTS = ("test_accuracy.py", "test_launch.py", "test_branches.py", "test_operators.py", "test_fields.py")
+KERNEL_TESTS = (
+    "test_accuracy.py",
+    "test_sigmoid.py",
+    "test_launch.py",
+    "test_branches.py",
+    "test_operators.py",
+    "test_fields.py",
+)
 COMPILER_TESTS = ("test_aot.py", "test_interpreter.py", "test_config.py", "test_jit.py")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

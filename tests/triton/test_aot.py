@@ -33,6 +33,8 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "ids"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows stored"),
     aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns stored"),
+    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "sigmoid stored"),
+    aot.Case(FAMILIES["sm_80"], "forward_tile", torch.bfloat16, 768, "sigmoid ids stored"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),
     aot.Case(FAMILIES["sm_90"], "merge_partials", torch.float32, 768),

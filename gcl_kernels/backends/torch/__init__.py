@@ -5,8 +5,10 @@ is alive at a time, and a second one of its size for factors. Only `forward_with
 budget.
 
 `tiles` makes tiles and knows no loss, `modify` hides pairs, `softmax` is the loss of a tile, `passes` goes over all tiles.
+`sigmoid` is the loss of each pair alone, with its one pass.
 """
 
 from .passes import backward, forward, forward_with_gradient
+from .sigmoid import softplus
 
-__all__ = ["backward", "forward", "forward_with_gradient"]
+__all__ = ["backward", "forward", "forward_with_gradient", "softplus"]

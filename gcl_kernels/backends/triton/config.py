@@ -48,6 +48,9 @@ class Config:
     descriptors: bool = False  # tensor descriptors (TMA where the chip has it) instead of pointers
     # The forward that stores exponentials, unmasked; None: as the backward, which stores as much.
     storing: TileShape | None = None
+    # The sigmoid's epilogue in column parts, whose numbers fit beside the logits; False where a thread has whole rows (columns of
+    # a part would change threads) or registers for all.
+    parts: bool = True
 
     def tile(self, backward: bool, masked: bool, stored: bool = False) -> TileShape:
         if stored and self.storing is not None and not masked:
@@ -73,8 +76,8 @@ class Family:
         return next(config for largest_d, config in bands if d <= largest_d)
 
 
-def everywhere(tile: TileShape, descriptors: bool = False) -> tuple[tuple[float, Config], ...]:
-    return ((math.inf, Config(tile, tile, tile, tile, descriptors)),)
+def everywhere(tile: TileShape, descriptors: bool = False, parts: bool = True) -> tuple[tuple[float, Config], ...]:
+    return ((math.inf, Config(tile, tile, tile, tile, descriptors, parts=parts)),)
 
 
 # float32 in IEEE arithmetic: fused multiply-adds on the ordinary units. A thread holds its share of both operands of
@@ -164,7 +167,12 @@ FAMILIES = {
             ("cuda", 100, 32),
             227 * 1024,
             half=(
-                (math.inf, Config(SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True, STORING_100)),
+                (
+                    math.inf,
+                    Config(
+                        SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True, STORING_100, parts=False
+                    ),
+                ),
             ),
             tf32=everywhere(TF32, descriptors=True),
             ieee=everywhere(IEEE, descriptors=True),
@@ -173,7 +181,7 @@ FAMILIES = {
             "gfx942",
             ("hip", "gfx942", 64),
             64 * 1024,
-            half=everywhere(SQUARE_942),
+            half=everywhere(SQUARE_942, parts=False),
             tf32=everywhere(SPLIT_942),
             ieee=everywhere(IEEE),
         ),

@@ -27,7 +27,7 @@ from ...pairs import Pairs
 from ..base2 import LN2
 from ..chunks import LINE, cdiv, round_up, slices, whole_lines
 from ..contract import Gradients, Lines, Need
-from ..positives import distinct_positives, positive_entries, positives_by_column, positives_by_row
+from ..positives import add_positives, distinct_positives, positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product
 from ..terms import bias2
 from ..upstream import normalized
@@ -90,7 +90,7 @@ def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need, *, joined: 
     d_lhs, d_rhs = (d_own, d_other) if by_row else (d_other, d_own)
     entry = positive_entries(pairs.labels, statistics, g, joined)
     entry.masked_fill_(distinct_positives(pairs.labels, positive) == -math.inf, 0.0)
-    add_positives(entry, pairs.labels, x, d_lhs, d_rhs)
+    add_positives(entry, pairs.labels, (x.lhs, x.rhs), (d_lhs, d_rhs))
     dscale = None
     if need.scale:
         product, side = (d_lhs, x.lhs) if d_lhs is not None else (d_rhs, x.rhs)
@@ -138,25 +138,3 @@ def store_exponentials(
     own = negatives2.to(torch.float32).masked_fill(negatives2 == -math.inf, 0.0)
     fill(own, all_near.to(torch.int32))  # leaves the statistics as they are
     return negatives2, torch.where(all_near, reference, own)
-
-
-def add_positives(
-    entry: Tensor, labels: Tensor | None, x: Operands, d_lhs: Tensor | None, d_rhs: Tensor | None
-) -> None:
-    """What G's entries at the labels (N, P) add to both products, without the scale, in the same order every time."""
-    entry = entry.to(torch.float32)
-    for rows in slices(x.n, 4096):
-        lhs = x.lhs[rows]
-        for position in range(entry.shape[1]):
-            share = entry[rows, position, None]
-            if labels is None:
-                if d_lhs is not None:
-                    d_lhs[rows] += share * x.rhs[rows]
-                if d_rhs is not None:
-                    d_rhs[rows] += share * lhs
-                continue
-            column = labels[rows, position].clamp(min=0)
-            if d_lhs is not None:
-                d_lhs[rows] += share * x.rhs[column]
-            if d_rhs is not None:
-                d_rhs.index_put_((column,), share * lhs, accumulate=True)

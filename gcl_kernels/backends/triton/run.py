@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Arguments of kernels that are JIT functions, given by their names in `softmax`.
+# Arguments of kernels that are JIT functions, given by their names in `softmax` and `sigmoid`.
 FUNCTIONS = ("EPILOGUE", "FITS", "GRADIENT")
 
 
@@ -72,9 +72,9 @@ _runner: Callable[..., None] = _launch
 
 @cache
 def _jit_functions() -> dict[str, Any]:
-    from . import field_kernels, kernels, softmax
+    from . import field_kernels, kernels, sigmoid, softmax
 
-    return {name: f for module in (softmax, field_kernels, kernels) for name, f in defined_in(module)}
+    return {name: f for module in (softmax, sigmoid, field_kernels, kernels) for name, f in defined_in(module)}
 
 
 def defined_in(module: ModuleType) -> Iterator[tuple[str, Any]]:
