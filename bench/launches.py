@@ -48,9 +48,15 @@ class Launches(WithoutMemory):
         if func.namespace == "gcl_kernels":  # its parts count; and a mode is off within its own call
             with self:
                 return OPDEFS[func.name()]._init_fn(*args, **(kwargs or {}))
-        if not (func.is_view or func.__name__.startswith(FREE)):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not (func.__name__.startswith(FREE) or (func.is_view and is_alias(result, args[0]))):
             self.by_name[func.overloadpacket.__name__] += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return result
+
+
+def is_alias(result: Tensor | list[Tensor], x: Tensor) -> bool:
+    """Of `to`, `contiguous` and `reshape`, which may copy; other views always are."""
+    return not isinstance(result, Tensor) or result.untyped_storage()._cdata == x.untyped_storage()._cdata
 
 
 @contextlib.contextmanager
@@ -60,11 +66,11 @@ def as_on_a_gpu(runner: Callable[..., None], dtype: torch.dtype) -> Iterator[Non
     with (
         backends.settings(config=config, host_reads=False),
         run.replaced_by(runner),
-        mock.patch.object(choice, "choose", lambda *_: "triton"),
-        mock.patch.object(backends, "choose", lambda *_: "triton"),
-        mock.patch.object(validation, "may_read", lambda _: False),
-        mock.patch.object(products, "way", lambda *_: "addmm"),
-        mock.patch.object(products, "by_onednn", lambda _: False),
+        mock.patch.object(choice, "choose", return_value="triton"),
+        mock.patch.object(backends, "choose", return_value="triton"),
+        mock.patch.object(validation, "may_read", return_value=False),
+        mock.patch.object(products, "way", return_value="addmm"),
+        mock.patch.object(products, "by_onednn", return_value=False),
     ):
         yield
 

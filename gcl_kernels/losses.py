@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, distributed
+from . import backends, distributed, linear
 from .derivatives import refuse_forward_mode
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
 from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
@@ -148,6 +148,9 @@ def gcl_loss(
         }
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
+    plain = directions == "both" and label_smoothing == z_loss == 0 and len(of_fields) == 1 and ranks is None
+    if plain and linear.takes(first, weights, reduction, backend):
+        return linear.loss(first, weights, reduction, backend)
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss)
     loss = first.lhs.new_zeros(())

@@ -12,6 +12,7 @@ LONG_FILES = {f"gcl_kernels/training/{name}.py" for name in ("experiments", "tra
 
 # What is launched on a device takes its arguments by name, in one place on the host side; names cost nothing there.
 LAUNCHED = {"forward_tile", "backward_tile", "aggregate_forward", "aggregate_backward"}
+LAUNCHED |= {"finish_lines", "pack_lines", "inner_products"}
 
 
 def sources(*folders):

@@ -8,12 +8,12 @@ from bench import launches
 
 # (a step, a forward without gradients), at most
 BOUNDS = {
-    "ClipLoss": (127, 46),
-    "weights": (126, 45),
-    "ids": (156, 61),
-    "labels (N,)": (164, 72),
-    "limits": (158, 64),
-    "one direction": (125, 31),
+    "ClipLoss": (12, 4),
+    "weights": (12, 4),
+    "ids": (35, 15),
+    "labels (N,)": (84, 61),
+    "limits": (78, 47),
+    "one direction": (136, 32),
 }
 
 

@@ -29,7 +29,7 @@ class Block:
 
 
 def run(kernel: str, programs: int, **arguments: Any) -> None:
-    """Launches a kernel of `kernels` or `field_kernels` on the device of its tensors."""
+    """Launches a kernel of `kernels`, `line_kernels` or `field_kernels` on the device of its tensors."""
     _runner(kernel, programs, **arguments)
 
 
@@ -71,9 +71,9 @@ _runner: Callable[..., None] = _launch
 
 @cache
 def _jit_functions() -> dict[str, Any]:
-    from . import field_kernels, kernels, softmax
+    from . import field_kernels, kernels, line_kernels, softmax
 
-    return {**vars(softmax), **vars(field_kernels), **vars(kernels)}
+    return {**vars(softmax), **vars(field_kernels), **vars(line_kernels), **vars(kernels)}
 
 
 def _first(x: Any) -> Any:

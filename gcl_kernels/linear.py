@@ -1,0 +1,74 @@
+"""The plain two-direction loss in two launches, forward and backward, where Triton makes the statistics.
+
+    sum_i w_i ((row_i + col_i) / 2 - positive_i), or its mean over rows, for default labels
+
+Everything else takes `row_losses`, whose plain PyTorch issues some 25 small operators a step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import Lines, Want
+from .derivatives import refuse_double_backward
+from .lse import statistics
+from .pairs import Pairs
+
+
+def takes(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | None) -> bool:
+    """Whether `loss` may be called for them, beside both directions, without smoothing, z-loss, ranks and absent fields."""
+    return (
+        pairs.labels is None
+        and reduction in ("mean", "sum")
+        and (weights is None or not weights.requires_grad)
+        and backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype) == "triton"
+    )
+
+
+def loss(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | None) -> Tensor:
+    """0-d float32."""
+    row, col, positive = statistics(pairs, Want(True, True), backend)
+    if weights is not None:
+        weights = weights.detach().contiguous()
+    return _loss_of_lines(row, col, positive, weights, reduction == "mean")
+
+
+@torch.library.custom_op("gcl_kernels::loss_of_lines", mutates_args=())
+def _loss_of_lines(row: Tensor, col: Tensor, positive: Tensor, weights: Tensor | None, mean: bool) -> Tensor:
+    return backends.load("triton").sum_losses(Lines(row, col, positive), weights, mean, torch.float32)
+
+
+@_loss_of_lines.register_fake
+def _(row, col, positive, weights, mean):
+    return row.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("gcl_kernels::loss_of_lines_backward", mutates_args=())
+def _spread(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    row, col, positive = backends.load("triton").spread_gradient(g, weights, n, m, mean)
+    return row, col, positive
+
+
+@_spread.register_fake
+def _(g, weights, n, m, mean):
+    return tuple(g.new_empty(shape, dtype=torch.float64) for shape in ((n,), (m,), (n, 1)))
+
+
+def _setup_context(ctx, inputs, output):
+    row, col, _, weights, mean = inputs
+    ctx.save_for_backward(weights)
+    ctx.sizes = len(row), len(col), mean
+
+
+def _differentiate(ctx, g):
+    (weights,) = ctx.saved_tensors
+    return *_spread(g, weights, *ctx.sizes), None, None
+
+
+_refuse_double_backward = refuse_double_backward(
+    "gcl_loss", "(gcl_kernels.reference.gcl_loss can be differentiated any number of times)"
+)
+_loss_of_lines.register_autograd(_differentiate, setup_context=_setup_context)
+_spread.register_autograd(_refuse_double_backward, setup_context=lambda ctx, inputs, output: None)
