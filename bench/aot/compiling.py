@@ -17,7 +17,7 @@ from bench.aot.grid import Case
 from bench.cases import SHORT_NAMES
 from gcl_kernels.backends import Lines, Mean, Need, Want, settings
 from gcl_kernels.backends import triton as backend
-from gcl_kernels.backends.triton import field_kernels, fields, kernels, run, softmax
+from gcl_kernels.backends.triton import field_kernels, fields, kernels, line_kernels, run, softmax
 from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
@@ -28,7 +28,7 @@ LINES = 1024
 
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
-    kernel = getattr(field_kernels if case.of_fields else kernels, case.kernel)
+    kernel = next(getattr(x, case.kernel) for x in (kernels, line_kernels, field_kernels) if case.kernel in vars(x))
     arguments = launched(case)
     options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
     signature, attributes, constants = {}, {}, {}
@@ -99,10 +99,15 @@ def launch_tiles(case: Case) -> None:
     lines = lines._replace(row=lines.row if want.row else None, col=lines.col if want.col else None)
     if options.get("stored"):
         backend.forward_with_gradient(pairs, lines, need)
-    elif case.kernel == "backward_tile":
+    elif case.kernel in ("backward_tile", "pack_lines", "inner_products", "sum_parts"):
         backend.backward(pairs, lines, lines, need)
+    elif case.kernel in ("sum_losses", "spread_gradient"):
+        weights = torch.empty(LINES, device="meta")
+        backend.spread_gradient(backend.sum_losses(lines, weights, True, torch.float32), weights, LINES, LINES, True)
     else:
-        backend.forward(pairs, want)
+        # so little room that the parts of several chunks are merged
+        with settings(workspace_mib=None if case.kernel != "merge_partials" else 2**-10):
+            backend.forward(pairs, want)
 
 
 def launch_fields(case: Case) -> None:
