@@ -66,11 +66,12 @@ def as_on_a_gpu(runner: Callable[..., None], dtype: torch.dtype) -> Iterator[Non
     with (
         backends.settings(config=config, host_reads=False),
         run.replaced_by(runner),
-        mock.patch.object(choice, "choose", return_value="triton"),
-        mock.patch.object(backends, "choose", return_value="triton"),
-        mock.patch.object(validation, "may_read", return_value=False),
-        mock.patch.object(products, "way", return_value="addmm"),
-        mock.patch.object(products, "by_onednn", return_value=False),
+        # functions, since a mock takes its time
+        mock.patch.object(choice, "choose", lambda *_: "triton"),  # noqa: PT008
+        mock.patch.object(backends, "choose", lambda *_: "triton"),  # noqa: PT008
+        mock.patch.object(validation, "may_read", lambda _: False),  # noqa: PT008
+        mock.patch.object(products, "way", lambda *_: "addmm"),  # noqa: PT008
+        mock.patch.object(products, "by_onednn", lambda _: False),  # noqa: PT008
     ):
         yield
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Lines, Want
-from .derivatives import refuse_double_backward
+from .derivatives import eager, refuse_double_backward
 from .lse import statistics
 from .pairs import Pairs
 
@@ -32,12 +32,15 @@ def loss(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | No
     row, col, positive = statistics(pairs, Want(True, True), backend)
     if weights is not None:
         weights = weights.detach().contiguous()
-    return _loss_of_lines(row, col, positive, weights, reduction == "mean")
+    given = (row, col, positive, weights, reduction == "mean")
+    return _Eager.apply(*given) if eager(row) else _loss_of_lines(*given)
 
 
-@torch.library.custom_op("gcl_kernels::loss_of_lines", mutates_args=())
-def _loss_of_lines(row: Tensor, col: Tensor, positive: Tensor, weights: Tensor | None, mean: bool) -> Tensor:
+def _run(row: Tensor, col: Tensor, positive: Tensor, weights: Tensor | None, mean: bool) -> Tensor:
     return backends.load("triton").sum_losses(Lines(row, col, positive), weights, mean, torch.float32)
+
+
+_loss_of_lines = torch.library.custom_op("gcl_kernels::loss_of_lines", _run, mutates_args=())
 
 
 @_loss_of_lines.register_fake
@@ -45,10 +48,12 @@ def _(row, col, positive, weights, mean):
     return row.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("gcl_kernels::loss_of_lines_backward", mutates_args=())
-def _spread(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run_spread(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     row, col, positive = backends.load("triton").spread_gradient(g, weights, n, m, mean)
     return row, col, positive
+
+
+_spread = torch.library.custom_op("gcl_kernels::loss_of_lines_backward", _run_spread, mutates_args=())
 
 
 @_spread.register_fake
@@ -64,7 +69,21 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, g):
     (weights,) = ctx.saved_tensors
-    return *_spread(g, weights, *ctx.sizes), None, None
+    spread = _run_spread if not torch.is_grad_enabled() and eager(g) else _spread
+    return *spread(g, weights, *ctx.sizes), None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its dispatch."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        _setup_context(ctx, given, None)
+        return _run(*given)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _differentiate(ctx, g)
 
 
 _refuse_double_backward = refuse_double_backward(

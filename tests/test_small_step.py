@@ -10,7 +10,7 @@ from bench import launches
 BOUNDS = {
     "ClipLoss": (12, 4),
     "weights": (12, 4),
-    "ids": (35, 15),
+    "ids": (20, 7),
     "labels (N,)": (84, 61),
     "limits": (78, 47),
     "one direction": (136, 32),

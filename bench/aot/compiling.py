@@ -22,7 +22,7 @@ from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
 
-TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.bool: "i1"}
+TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 OPTIONS = ("num_warps", "num_stages")
 LINES = 1024
 

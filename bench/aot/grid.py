@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.cases import SHORT_NAMES
-from gcl_kernels.backends.triton import lines, partials
+from gcl_kernels.backends.triton import lines, operands, partials
 from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, TileShape, row_block
 
 DIMENSIONS = (64, 256, 512, 768, 1024, 1280)
@@ -110,6 +110,7 @@ class Case:
             return f"{partials.MERGE_TILES}x{partials.MERGE_LINES} w4"
         return {
             "inner_products": f"{lines.ROWS}x{lines.BLOCK_D} w4",
+            "mark_ids": f"{operands.PAD} w4",
             "pack_lines": f"{lines.BLOCK} w4",
             "spread_gradient": f"{lines.BLOCK} w4",
         }.get(self.kernel, f"{lines.ONE_PROGRAM} w4")
@@ -123,6 +124,7 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
     for name in families:
         family = FAMILIES[name]
         yield from (Case(family, kernel, torch.float32, dimensions[0]) for kernel in LINE_KERNELS)
+        yield Case(family, "mark_ids", torch.float32, dimensions[0], "ids")
         for dtype in dtypes:
             for precision in PRECISIONS[family.target[0]] if dtype == torch.float32 else ("ieee",):
                 for kernel in ("forward_tile", "backward_tile"):

@@ -36,6 +36,7 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),
     *(aot.Case(FAMILIES["sm_90"], kernel, torch.float32, 768) for kernel in aot.grid.LINE_KERNELS),
+    aot.Case(FAMILIES["sm_90"], "mark_ids", torch.float32, 768, "ids"),
     aot.Case(FAMILIES["sm_90"], "aggregate_forward", torch.bfloat16, 768, "mask"),
     aot.Case(FAMILIES["sm_90"], "aggregate_backward", torch.bfloat16, 768),
     aot.Case(FAMILIES["sm_90"], "aggregate_backward", torch.float32, 1280, "8 fields"),

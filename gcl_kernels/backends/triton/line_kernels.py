@@ -2,6 +2,7 @@
 
     finish_lines      partial sums of lines, positives  ->  row, col and positive in natural units
     pack_lines        statistics and their gradients  ->  what the backward's tiles read: lines (`softmax`), entries of positives
+    mark_ids          numbers that stand for ids  ->  those of rows and of columns, padded, apart where there is no id
     inner_products    rows of two matrices  ->  a part of their inner product for each program
     sum_parts         such parts  ->  the scale's gradient
     sum_losses        row, col and positive  ->  sum or mean of a half of each direction's loss of every row
@@ -200,6 +201,36 @@ def pack_lines(
     elif lines[1] is not None:
         o_line += (i_block - n_blocks) * BLOCK
         pack_line(lse[1], (g[1], strides[1], factor), lines[1], o_line, (m, m_padded), middle, -1, BOTH)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def mark_ids(
+    p_found,  # (K, n + m) int32: numbers that stand for ids
+    p_ids,  # (K, n + m) int64: below 0 for none
+    p_left,  # (K, n..) int32, written: of the rows, -1 for none and past the end
+    p_right,  # (K, m..): of the columns, -2, since none equals nothing
+    n,
+    m,
+    PAD: tl.constexpr,
+):
+    left_blocks, right_blocks = tl.cdiv(n, PAD), tl.cdiv(m, PAD)
+    i_channel = tl.program_id(0) // (left_blocks + right_blocks)
+    i_block = tl.program_id(0) % (left_blocks + right_blocks)
+    o_in_block, i_channel = tl.arange(0, PAD), i_channel.to(tl.int64)
+    p_found += i_channel * (n + m)
+    p_ids += i_channel * (n + m)
+    if i_block < left_blocks:
+        o_line = i_block * PAD + o_in_block
+        m_line = o_line < n
+        b_found = tl.load(p_found + o_line, mask=m_line, other=0)
+        b_there = tl.load(p_ids + o_line, mask=m_line, other=-1) >= 0
+        tl.store(p_left + i_channel * left_blocks * PAD + o_line, tl.where(b_there, b_found, -1))
+    else:
+        o_line = (i_block - left_blocks) * PAD + o_in_block
+        m_line = o_line < m
+        b_found = tl.load(p_found + n + o_line, mask=m_line, other=0)
+        b_there = tl.load(p_ids + n + o_line, mask=m_line, other=-1) >= 0
+        tl.store(p_right + i_channel * right_blocks * PAD + o_line, tl.where(b_there, b_found, -2))
 
 
 @triton.jit(do_not_specialize=["n", "m"])

@@ -13,7 +13,7 @@ from ...pairs import Pairs
 from ..chunks import round_up
 from ..terms import bias2, limits2, scale_of_tiles, sign
 from .config import Config, TileShape, select
-from .run import Block
+from .run import Block, run
 
 # The kernels read vectors in whole tiles, of any side up to this.
 PAD = 256
@@ -149,14 +149,23 @@ def compress_ids(lhs_ids: Tensor, rhs_ids: Tensor) -> tuple[Tensor, Tensor]:
     A tile compares every row with every column: half the registers and half the instructions. The number that stands for an
     id is its position among all of its channel's ids, sorted.
     """
-    left, right = lhs_ids.t().contiguous(), rhs_ids.t().contiguous()
-    order = torch.cat([left, right], dim=1).sort(dim=1).values
-
-    def position(ids: Tensor, absent: int) -> Tensor:
-        found = torch.searchsorted(order, ids, out_int32=True).masked_fill_(ids < 0, absent)
-        return padded(found.t(), absent).t().contiguous()
-
-    return position(left, -1), position(right, -2)
+    ids = torch.cat([lhs_ids, rhs_ids]).t().contiguous()
+    found = torch.searchsorted(ids.sort(dim=1).values, ids, out_int32=True)
+    (k, _), n, m = ids.shape, len(lhs_ids), len(rhs_ids)
+    left, right = (found.new_empty((k, round_up(length, PAD))) for length in (n, m))
+    run(
+        "mark_ids",
+        k * (left.shape[1] + right.shape[1]) // PAD,
+        p_found=found,
+        p_ids=ids,
+        p_left=left,
+        p_right=right,
+        n=n,
+        m=m,
+        PAD=PAD,
+        num_warps=4,
+    )
+    return left, right
 
 
 def input_precision(dtype: torch.dtype) -> str:
