@@ -23,8 +23,16 @@ def takes(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | N
         pairs.labels is None
         and reduction in ("mean", "sum")
         and (weights is None or not weights.requires_grad)
-        and backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype) == "triton"
+        and _on_triton(backend, pairs.lhs.device, pairs.lhs.dtype)
     )
+
+
+def _on_triton(backend: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    return backends.choose(backend, device, dtype) == "triton"
+
+
+# As `choose_for_fields`: torch.compile cannot trace the import of Triton.
+_on_triton._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def loss(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | None) -> Tensor:
