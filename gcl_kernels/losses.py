@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, distributed
+from . import backends, distributed, linear
 from .derivatives import refuse_forward_mode
 from .false_negatives import FalseNegatives
 from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
@@ -162,6 +162,10 @@ def gcl_loss(
         }
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
+    plain = directions == "both" and label_smoothing == z_loss == 0 and len(of_fields) == 1 and ranks is None
+    plain = plain and false_negatives == FalseNegatives()
+    if plain and linear.takes(first, weights, reduction, backend):
+        return linear.loss(first, weights, reduction, backend)
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss, false_negatives)
     loss = first.lhs.new_zeros(())

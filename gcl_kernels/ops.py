@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends
 from .backends import Gradients, Lines, Need, Want, statistics_dtype
 from .backends.settings import debug
-from .derivatives import refuse_double_backward
+from .derivatives import eager, refuse_double_backward
 from .pairs import Pairs
 
 INPUTS = tuple(field.name for field in dataclasses.fields(Pairs))
@@ -57,7 +57,8 @@ def statistics(
     """
     need = Need(*(torch.is_grad_enabled() and x.requires_grad for x in pairs.differentiable))
     known = known_upstream if any(need) else None
-    return _forward(*arguments(pairs, known, Call(want, need, backend)))[:3]
+    given = arguments(pairs, known, Call(want, need, backend))
+    return (_Eager.apply(*given) if eager(*pairs.differentiable) else _forward(*given))[:3]
 
 
 def arguments(pairs: Pairs, known_upstream: Lines | None, call: Call) -> tuple[Tensor | str | None, ...]:
@@ -180,9 +181,26 @@ def _differentiate(ctx, g_row, g_col, g_positive, *through_the_gradients):
     else:
         need = Need(needs["lhs"], needs["rhs"], needs["logit_scale"])
         text = call._replace(need=need).text()
-        gradients = _backward(*inputs, g_row, g_col, g_positive, text, row, col, positive)
+        given = (*inputs, g_row, g_col, g_positive, text, row, col, positive)
+        # the operator also refuses a second derivative
+        direct = not torch.is_grad_enabled() and eager(row, *inputs[:3])
+        gradients = _run_backward(*given) if direct else _backward(*given)
     of = dict(zip(("lhs", "rhs", "logit_scale"), gradients, strict=True))
     return *(of[name] if name in of and needs[name] else None for name in INPUTS), *[None] * (len(UPSTREAM) + 1)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its dispatch, which takes the host as long as the rest of a small step."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        output = _run_forward(*given)
+        _setup_context(ctx, given, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _differentiate(ctx, *gradients)
 
 
 def _common_factor(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:

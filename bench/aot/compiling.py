@@ -18,18 +18,18 @@ from bench.cases import SHORT_NAMES
 from gcl_kernels.backends import Lines, Mean, Need, Want, settings
 from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.pointwise import PointwiseNeed, PointwiseUpstream
-from gcl_kernels.backends.triton import field_kernels, fields, kernels, run, sigmoid, softmax
+from gcl_kernels.backends.triton import field_kernels, fields, kernels, line_kernels, run, sigmoid, softmax
 from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
 
-TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.bool: "i1"}
+TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 OPTIONS = ("num_warps", "num_stages")
 LINES = 1024
 
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
-    kernel = getattr(field_kernels if case.of_fields else kernels, case.kernel)
+    kernel = next(getattr(x, case.kernel) for x in (kernels, line_kernels, field_kernels) if case.kernel in vars(x))
     arguments = launched(case)
     options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
     signature, attributes, constants = {}, {}, {}
@@ -108,10 +108,15 @@ def launch_tiles(case: Case) -> None:
         backend.softplus(pairs, pairs.logit_scale, known, PointwiseNeed(True, True, True, True))
     elif options.get("stored"):
         backend.forward_with_gradient(pairs, lines, need)
-    elif case.kernel == "backward_tile":
+    elif case.kernel in ("backward_tile", "pack_lines", "inner_products", "sum_parts"):
         backend.backward(pairs, lines, lines, need)
+    elif case.kernel in ("sum_losses", "spread_gradient"):
+        weights = torch.empty(LINES, device="meta")
+        backend.spread_gradient(backend.sum_losses(lines, weights, True, torch.float32), weights, LINES, LINES, True)
     else:
-        backend.forward(pairs, want)
+        # so little room that the parts of several chunks are merged
+        with settings(workspace_mib=None if case.kernel != "merge_partials" else 2**-10):
+            backend.forward(pairs, want)
 
 
 def launch_fields(case: Case) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.cases import SHORT_NAMES
-from gcl_kernels.backends.triton import partials
+from gcl_kernels.backends.triton import lines, operands, partials
 from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, TileShape, row_block
 
 DIMENSIONS = (64, 256, 512, 768, 1024, 1280)
@@ -37,6 +37,17 @@ VARIANTS = {
     "sigmoid ids stored": {"sigmoid": True, "gradient": True, "channels": 1},
     "D tail": {"tail": True},
 }
+
+# What is O((N + M) D) beside tiles and products; D is an argument of theirs.
+LINE_KERNELS = (
+    "merge_partials",
+    "finish_lines",
+    "pack_lines",
+    "inner_products",
+    "sum_parts",
+    "sum_losses",
+    "spread_gradient",
+)
 
 # Of the field kernels. An odd D is the slow path: rows that start anywhere are read a number at a time.
 FIELD_OPTIONS = {"n_fields": 2, "mask": False, "normalize": True, "aligned": True}
@@ -98,7 +109,14 @@ class Case:
         if self.of_fields:
             block = row_block(self.d, self.family.target[2])
             return f"{block.rows}x{block.d} w{block.warps}"
-        return f"{partials.MERGE_TILES}x{partials.MERGE_LINES} w4"
+        if self.kernel in ("merge_partials", "finish_lines"):
+            return f"{partials.MERGE_TILES}x{partials.MERGE_LINES} w4"
+        return {
+            "inner_products": f"{lines.ROWS}x{lines.BLOCK_D} w4",
+            "mark_ids": f"{operands.PAD} w4",
+            "pack_lines": f"{lines.BLOCK} w4",
+            "spread_gradient": f"{lines.BLOCK} w4",
+        }.get(self.kernel, f"{lines.ONE_PROGRAM} w4")
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.family.name, self.kernel, self.type_name, f"D={self.d}", self.variant]))
@@ -108,7 +126,8 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
     """Every kernel of the table at every D, and at the last D of its band every variant."""
     for name in families:
         family = FAMILIES[name]
-        yield Case(family, "merge_partials", torch.float32, dimensions[0])
+        yield from (Case(family, kernel, torch.float32, dimensions[0]) for kernel in LINE_KERNELS)
+        yield Case(family, "mark_ids", torch.float32, dimensions[0], "ids")
         for dtype in dtypes:
             for precision in PRECISIONS[family.target[0]] if dtype == torch.float32 else ("ieee",):
                 for kernel in ("forward_tile", "backward_tile"):

@@ -19,6 +19,12 @@ def scale2(pairs: Pairs) -> Tensor:
     return torch.where(scale == 0, TINY, scale) if pairs.limited else scale
 
 
+def scale_of_tiles(pairs: Pairs) -> Tensor:
+    """0-d logit_scale, of which a tile makes `scale2`."""
+    scale = pairs.logit_scale
+    return torch.where(scale == 0, TINY / LOG2E, scale) if pairs.limited else scale
+
+
 def without_tiny(statistic: Tensor, pairs: Pairs) -> Tensor:
     """Of logits, those that stand for 0 made 0; their gradients stay."""
     value = statistic.detach()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .base2 import SAFE_SPREAD
 from .contract import Lines, statistics_dtype
+from .settings import may_read_on_host
 
 # G is stored for gradients of size 1. In float16 a softmax of 65,536 columns would then lie among the subnormals; 2^8 lifts it
 # out and leaves room for 2^8 before the largest finite number.
@@ -23,7 +24,7 @@ def normalized(upstream: Lines, stored: torch.dtype) -> tuple[Lines, Tensor | No
     g = [None if v is None else v.to(statistics_dtype(v.device)) for v in upstream]
     known = [v for v in g if v is not None]
     half = stored in (torch.bfloat16, torch.float16)
-    if not known or not (half or known[0].device.type == "cpu"):
+    if not known or not (half or may_read_on_host(known[0].device)):
         return Lines(*g), None
     norm = torch.stack([v.abs().max() for v in known]).max()
     # a factor of G may be smaller than these by 2^SAFE_SPREAD

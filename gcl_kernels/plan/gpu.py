@@ -12,10 +12,26 @@ from ..chips import TRITON_LAUNCH, Chip
 from .model import Phase, Prediction, Sizes
 from .trace import peak_memory
 
-# Eager operators of one step around its kernels and products: ClipLoss and autograd, the vectors of the forward, those of the
-# backward, and what is repeated for each chunk of rows and each tile of G.
-LOSS_OPERATORS, FORWARD_OPERATORS, BACKWARD_OPERATORS = 36, 23, 70
-OPERATORS_A_CHUNK, OPERATORS_A_TILE = 7, 2
+# Eager operators of a loss in plain PyTorch, and autograd's: `row_losses`.
+LOSS_OPERATORS = 36
+
+# Eager operators of one step around its kernels and products. Both directions in one chunk have none but autograd's first; in
+# chunks there are the accumulators', of all chunks and of each chunk of rows; float16 has those of its normalised gradients. One
+# direction in one pass is plain PyTorch around its tiles, the loss included.
+OPERATORS_IN_CHUNKS, OPERATORS_A_CHUNK, OPERATORS_A_TILE, OPERATORS_FLOAT16 = 13, 5, 2, 22
+OPERATORS_IN_ONE_PASS, OPERATORS_A_CHUNK_IN_ONE_PASS = 97, 30
+# Kernels over lines: statistics, loss, its gradient, what the backward reads, the scale's gradient in two.
+LINE_LAUNCHES = 6
+
+
+def operators(p: Sizes, n_rows: int, n_tiles: int) -> int:
+    """Eager operators around G in so many chunks of rows and tiles, its products not counted."""
+    if in_one_pass(p):
+        return OPERATORS_IN_ONE_PASS + OPERATORS_A_CHUNK_IN_ONE_PASS * n_rows
+    float16 = p.torch_dtype == torch.float16
+    if n_tiles == 1 and not float16:
+        return 0
+    return OPERATORS_IN_CHUNKS + OPERATORS_FLOAT16 * float16 + OPERATORS_A_CHUNK * n_rows
 
 
 def on_gpu(p: Sizes, chip: Chip) -> Prediction:
@@ -47,7 +63,7 @@ def on_gpu(p: Sizes, chip: Chip) -> Prediction:
             n_forward * operand_bytes(f_rows, p.m, p, forward) + partials,
             n_forward * TRITON_LAUNCH,
         ),
-        Phase("merges", bytes=partials, host=n_forward * (1 + both) * TRITON_LAUNCH),
+        Phase("merges", bytes=partials, host=n_forward * (1 + both) * (n_forward > 1 or one_pass) * TRITON_LAUNCH),
         Phase(
             "backward tiles",
             p.dtype,
@@ -74,7 +90,7 @@ def on_gpu(p: Sizes, chip: Chip) -> Prediction:
         Phase(
             "the rest",
             bytes=(8.0 + p.s) * (p.n + p.m) * p.d,
-            host=(LOSS_OPERATORS + FORWARD_OPERATORS + BACKWARD_OPERATORS + OPERATORS_A_CHUNK * n_rows) * chip.launch,
+            host=operators(p, n_rows, n_rows * n_cols) * chip.launch + LINE_LAUNCHES * (not one_pass) * TRITON_LAUNCH,
         ),
     ]
     chunks = f"G in {n_rows * n_cols:,} of {rows:,} x {cols:,}, forward in {n_forward:,} of {f_rows:,} rows"

@@ -283,3 +283,35 @@ def test_same_inputs_same_bits(problem, config):
     with using(config, 2**14):
         first, second = (run(triton, build(problem, torch.bfloat16)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [70, 90])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_plain_loss_of_default_labels(weighted, reduction, m, dtype):
+    """The path of few launches: loss and its gradients by kernels over lines."""
+    problem = testing.Problem(70, m, 24, None, 0, 1, 20.0, "paired", strided=False, seed=3)
+    batch = build(problem, dtype)
+    options = {"reduction": reduction}
+    if weighted:
+        options["weights"] = torch.linspace(0, 3, 70, device=DEVICE)
+    actual = run(gcl_loss, batch, backend="triton", **options)
+    assert_accurate(actual, batch, reference.gcl_loss, names=LOSS_NAMES, **options)
+
+
+def test_the_plain_loss_compiles_to_one_graph_and_refuses_a_second_derivative():
+    x, y = (torch.randn(20, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    inputs = x, y, torch.tensor(5.0, device=DEVICE, requires_grad=True)
+    weights = torch.rand(20, device=DEVICE)
+
+    def loss(*inputs):
+        return gcl_loss(*inputs, weights=weights, backend="triton")
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
+    assert all(map(torch.equal, torch.autograd.grad(compiled(*inputs), inputs), expected))
+    torch.compiler.reset()
+    first = torch.autograd.grad(loss(*inputs), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        first.sum().backward()

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from gcl_kernels import backends
 from gcl_kernels.backends import Lines, Mean, Need, Want
 from gcl_kernels.backends import triton as backend
-from gcl_kernels.backends.triton import field_kernels, kernels
+from gcl_kernels.backends.triton import field_kernels, kernels, line_kernels
 from gcl_kernels.backends.triton.config import FAMILIES
 from gcl_kernels.pairs import Pairs
 
@@ -58,13 +58,17 @@ class Driver:
 @pytest.fixture(autouse=True)
 def driver(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    for kernel in (kernels.forward_tile, kernels.backward_tile, kernels.merge_partials):
-        kernel.device_caches.clear()
+    for name in TILES + LINES:
+        (getattr(kernels, name, None) or getattr(line_kernels, name)).device_caches.clear()
+
+
+TILES = ("forward_tile", "backward_tile")
+LINES = ("merge_partials", "finish_lines", "pack_lines", "inner_products", "sum_parts", "sum_losses", "spread_gradient")
 
 
 def variants(*names):
     """How many times each kernel was compiled."""
-    found = {**vars(kernels), **vars(field_kernels)}
+    found = {**vars(kernels), **vars(line_kernels), **vars(field_kernels)}
     return [len(found[name].device_caches[0][0]) for name in names]
 
 
@@ -85,10 +89,20 @@ def step(n, m, d=768, dtype=torch.bfloat16, labels=None, channels=None, want=(Tr
             backend.backward(pairs, backend.forward(pairs, Want(*want)), upstream, Need(True, True, True))
 
 
+def loss_of_lines(n, m):
+    lines = Lines(*(torch.ones(shape, dtype=torch.float64) for shape in (n, m, (n, 1))))
+    loss = backend.sum_losses(lines, torch.ones(n), True, torch.float32)
+    backend.spread_gradient(loss, torch.ones(n), n, m, True)
+    return loss
+
+
 def test_a_ragged_batch_compiles_nothing_new():
+    """Tiles as well as lines; where one forward takes several chunks, the parts are merged as they come."""
     for n in (300, 301, 517, 1024, 4097):
         step(n, n + 7)
-    assert variants("forward_tile", "backward_tile", "merge_partials") == [1, 1, 1]
+        loss = loss_of_lines(n, n + 7)
+        assert loss.dtype == torch.float32
+    assert variants(*TILES, *LINES) == [1, 1, 0, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +124,10 @@ def test_every_option_passes_the_jit(options):
     before = Launcher.launches
     step(300, 400, **options)
     assert Launcher.launches > before
-    assert variants("forward_tile", "merge_partials") == [1, 1]
+    assert variants("forward_tile", "merge_partials", "finish_lines") == [
+        1,
+        *([1, 0] if "stored" in options else [0, 1]),
+    ]
 
 
 @pytest.mark.parametrize("masked", [False, True])

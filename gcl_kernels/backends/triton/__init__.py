@@ -1,13 +1,15 @@
 """The primitive and field aggregation in Triton, on NVIDIA and AMD GPUs, or on CPU in Triton's interpreter.
 
 What runs on the device, JIT functions: `tiles` (where a tile is, its logits and labels), `modify` (masks and additive terms),
-`softmax` and `sigmoid` (the losses), `kernels` (two tile kernels beside library GEMMs), `field_kernels`. What the host does:
-`operands` (the inputs as kernels read them), `launch`, `one_pass` and `pointwise` (the problem cut into launches), `partials`,
-`fields`, `config` (shapes of tiles and blocks), and `run`, which alone imports Triton, when a kernel is launched.
+`softmax` and `sigmoid` (the losses), `kernels` (two tile kernels beside library GEMMs), `line_kernels` (what is O((N + M) D)),
+`field_kernels`. What the host does: `operands` (the inputs as kernels read them), `launch`, `one_pass` and `pointwise` (the
+problem cut into launches), `partials`, `lines`, `fields`, `config` (shapes of tiles and blocks), and `run`, which alone imports
+Triton, when a kernel is launched.
 """
 
 from .fields import aggregate_fields, aggregate_fields_backward
 from .launch import backward, forward
+from .lines import spread_gradient, sum_losses
 from .one_pass import forward_with_gradient
 from .pointwise import softplus
 from .run import interpreted
@@ -20,4 +22,6 @@ __all__ = [
     "forward_with_gradient",
     "interpreted",
     "softplus",
+    "spread_gradient",
+    "sum_losses",
 ]

@@ -63,7 +63,7 @@ def forward_tile(
     lhs,  # (n, d): descriptor or pointer, and so are rhs and stored
     rhs,  # (m, d)
     strides,  # of lhs, rhs, stored: elements from row to row
-    scale,  # pointers: logit_scale * log2(e) in float32, and what rounding took from it, None where that is not used
+    scale,  # pointers: logit_scale, and again where what rounding takes of it in base 2 counts, else None
     p_labels,  # (n, P) int32; None for the default labels, row i's positive is column i
     p_positive,  # (n, P) float32, base 2, written where a label lies in the chunk
     terms,  # `modify`

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...pairs import Pairs
-from ..base2 import LN2
+from ..base2 import LN2, LOG2E
 from ..chunks import LINE, cdiv, round_up, slices, whole_lines
 from ..contract import Gradients, Lines, Need
 from ..positives import add_positives, distinct_positives, positive_entries, positives_by_column, positives_by_row
@@ -60,7 +60,7 @@ def forward_with_gradient(pairs: Pairs, upstream: Lines, need: Need, *, joined: 
     line2 = own.new_empty(len(own), dtype=torch.float64)
     positive = x.lhs.new_zeros((x.n, x.positives), dtype=torch.float32)
     norms = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float32) for v in (own, other)]
-    reference = x.scale[0].abs() * norms[0] * norms[1].max() - HEADROOM
+    reference = LOG2E * x.scale[0].abs() * norms[0] * norms[1].max() - HEADROOM
     bias = bias2(pairs, torch.float32)
     if bias is not None:  # -inf hides a column, whose reference stays finite
         reference += (bias.max() if by_row else bias).nan_to_num(neginf=0.0)

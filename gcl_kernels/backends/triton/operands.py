@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ...pairs import Pairs
-from ..base2 import Line, high_and_low
 from ..chunks import round_up
-from ..terms import bias2, limits2, scale2, sign
+from ..terms import bias2, limits2, scale_of_tiles, sign
 from .config import Config, TileShape, select
-from .run import Block
+from .run import Block, run
 
 # The kernels read vectors in whole tiles, of any side up to this.
 PAD = 256
@@ -28,9 +27,8 @@ class Operands:
     lhs: Tensor  # (N, D'), `operand`
     rhs: Tensor  # (M, D')
     d: int  # D before padding
-    scale: tuple[
-        Tensor, Tensor | None
-    ]  # logit_scale * log2(e) in float32; for float32 inputs what rounding took from it
+    # logit_scale; and again for float32 inputs, which take what rounding takes from it in base 2
+    scale: tuple[Tensor, Tensor | None]
     labels: Tensor | None  # (N.., P) int32, `padded`; None: row i's positive is column i
     positives: int  # P
     terms: tuple[Term | None, ...]  # `terms_of`
@@ -41,12 +39,12 @@ class Operands:
     @classmethod
     def of(cls, pairs: Pairs) -> Operands:
         precision = input_precision(pairs.lhs.dtype)
-        high, low = high_and_low(scale2(pairs), torch.float32)
+        scale = scale_of_tiles(pairs)
         return cls(
             operand(pairs.lhs),
             operand(pairs.rhs),
             pairs.d,
-            (high, low if pairs.lhs.dtype == torch.float32 else None),
+            (scale, scale if pairs.lhs.dtype == torch.float32 else None),
             None if pairs.labels is None else padded(pairs.labels.to(torch.int32), -1),
             pairs.positives,
             terms_of(pairs),
@@ -156,38 +154,23 @@ def compress_ids(lhs_ids: Tensor, rhs_ids: Tensor) -> tuple[Tensor, Tensor]:
     A tile compares every row with every column: half the registers and half the instructions. The number that stands for an
     id is its position among all of its channel's ids, sorted.
     """
-    left, right = lhs_ids.t().contiguous(), rhs_ids.t().contiguous()
-    order = torch.cat([left, right], dim=1).sort(dim=1).values
-
-    def position(ids: Tensor, absent: int) -> Tensor:
-        found = torch.searchsorted(order, ids, out_int32=True).masked_fill_(ids < 0, absent)
-        return padded(found.t(), absent).t().contiguous()
-
-    return position(left, -1), position(right, -2)
-
-
-def packed(by_row: Line | None, by_col: Line | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(3, N..) and (3, M..) float32: reference, gain and factor of each line; and the factors' middle.
-
-    The factors are exp2(r - middle) of a row and g exp2(middle - c) of a column: what the one-exponential form needs, which
-    is for both directions. For one there are neither factors nor a middle. A direction that is not there is None.
-    """
-    middle = None
-    if by_row is not None and by_col is not None:
-        middle = torch.stack([by_row.lse2.mean(), by_col.lse2.mean()]).mean()
-
-    def pack(line: Line | None, sign: int) -> Tensor | None:
-        if line is None:
-            return None
-        vectors = [line.reference, line.gain]
-        if middle is not None:
-            factor = torch.exp2(sign * (line.lse2 - middle))
-            vectors.append((factor if sign > 0 else line.g * factor).to(torch.float32))
-        values = padded(torch.stack(vectors, dim=1), 0).t().contiguous()
-        values[0, len(line.reference) :] = -sign * math.inf  # neither the highest row nor the lowest column of its tile
-        return values
-
-    return pack(by_row, 1), pack(by_col, -1), None if middle is None else middle.to(torch.float32)
+    ids = torch.cat([lhs_ids, rhs_ids]).t().contiguous()
+    found = torch.searchsorted(ids.sort(dim=1).values, ids, out_int32=True)
+    (k, _), n, m = ids.shape, len(lhs_ids), len(rhs_ids)
+    left, right = (found.new_empty((k, round_up(length, PAD))) for length in (n, m))
+    run(
+        "mark_ids",
+        k * (left.shape[1] + right.shape[1]) // PAD,
+        p_found=found,
+        p_ids=ids,
+        p_left=left,
+        p_right=right,
+        n=n,
+        m=m,
+        PAD=PAD,
+        num_warps=4,
+    )
+    return left, right
 
 
 def input_precision(dtype: torch.dtype) -> str:

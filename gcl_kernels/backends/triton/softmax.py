@@ -16,7 +16,7 @@ them again; and `one_pass` makes a chunk again if that reference is too far from
     target  (matrix, stride): where the exponentials themselves are stored, if they are (`one_pass`)
     tile    (row tile, column tile), by number
     lines   (row, col, p_middle): a direction's (p_line, stride), None where it is absent; p_line is (3, lines) float32,
-            reference, gain and factor (`operands.packed`)
+            reference, gain and factor (`lines.pack`)
 """
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.

@@ -24,6 +24,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import base2
+
+LOG2E = tl.constexpr(base2.LOG2E)
+
 # Columns of a tile that a step with operands of its own takes at a time: what it holds must fit beside the logits.
 NARROW = tl.constexpr(32)
 
@@ -92,10 +96,13 @@ def logits(
             b_acc = dot(b_x, b_y, b_acc, PRECISION)
             p_x += BLOCK_D
             p_y += BLOCK_D
+    exact = tl.load(scale[0]).to(tl.float64) * LOG2E
+    high = exact.to(tl.float32)
     if scale[1] is None:
-        return b_acc * tl.load(scale[0])
+        return b_acc * high
     else:
-        return b_acc * tl.load(scale[0]) + b_acc * tl.load(scale[1])
+        low = (tl.load(scale[1]).to(tl.float64) * LOG2E - high.to(tl.float64)).to(tl.float32)
+        return b_acc * high + b_acc * low
 
 
 @triton.jit

@@ -1,0 +1,320 @@
+"""Kernels over lines: what a step does beside its tiles and its matrix products, O((N + M) D) work in few launches.
+
+    finish_lines      partial sums of lines, positives  ->  row, col and positive in natural units
+    pack_lines        statistics and their gradients  ->  what the backward's tiles read: lines (`softmax`), entries of positives
+    mark_ids          numbers that stand for ids  ->  those of rows and of columns, padded, apart where there is no id
+    inner_products    rows of two matrices  ->  a part of their inner product for each program
+    sum_parts         such parts  ->  the scale's gradient
+    sum_losses        row, col and positive  ->  sum or mean of a half of each direction's loss of every row
+    spread_gradient   its gradient  ->  those with respect to row, col and positive
+
+Arithmetic of lines is in float64: at logit_scale 100 a float32 logsumexp near 100 is known to 4e-6 only. Every sum is in a fixed
+order. Names as in `tiles`; a program has a block of rows or a block of columns, rows first.
+"""
+
+# The body of a kernel is Triton's language, which follows other rules than Python's types.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import base2
+from .kernels import online_logsumexp
+from .tiles import LOG2E
+
+LN2 = tl.constexpr(base2.LN2)
+SMALLEST_SCALE = tl.constexpr(base2.SMALLEST_SCALE)
+SAMPLE = tl.constexpr(128)
+
+
+@triton.jit
+def merged_line(parts, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
+    """Base-2 logsumexp of some lines' negatives, float64, of (tiles, lines) parts."""
+    m_line = o_line < n_lines
+    b_top = tl.full(o_line.shape, float("-inf"), tl.float32)
+    b_total = tl.zeros(o_line.shape, tl.float64)
+    for i_tile in range(0, n_tiles, BLOCK_TILES):
+        o_tile = i_tile + tl.arange(0, BLOCK_TILES)
+        o_part = o_tile.to(tl.int64)[:, None] * n_lines + o_line[None, :]
+        m_part = (o_tile < n_tiles)[:, None] & m_line[None, :]
+        b_part_top = tl.load(parts[0] + o_part, mask=m_part, other=float("-inf"))
+        b_part_total = tl.load(parts[1] + o_part, mask=m_part, other=0.0)
+        b_top, b_total = online_logsumexp(b_top, b_total, b_part_top, b_part_total)
+    return tl.log2(b_total) + b_top
+
+
+@triton.jit
+def logaddexp2(b_x, b_y):
+    """Of float64; equal infinities and NaN pass through."""
+    b_distance = tl.where(b_x == b_y, 0.0, tl.abs(b_x - b_y))
+    return tl.maximum(b_x, b_y, propagate_nan=tl.PropagateNan.ALL) + tl.log2(1.0 + tl.exp2(-b_distance))
+
+
+@triton.jit
+def finish_line(parts, p_joined, p_out, o_line, n_lines, n_tiles, n_joined, BLOCK_TILES: tl.constexpr):
+    b_lse = merged_line(parts, o_line, n_lines, n_tiles, BLOCK_TILES)
+    if p_joined is not None:
+        b_joined = tl.load(p_joined + o_line, mask=o_line < n_joined, other=float("-inf")).to(tl.float64)
+        b_lse = logaddexp2(b_lse, b_joined)
+    tl.store(p_out + o_line, b_lse * LN2, mask=o_line < n_lines)
+
+
+@triton.jit(do_not_specialize=["n", "m", "row_tiles", "col_tiles", "joined_cols"])
+def finish_lines(
+    row_parts,  # (tops, totals) of the rows' negatives, (row_tiles, n), or None
+    col_parts,  # likewise (col_tiles, m)
+    joined,  # base-2 logits of positives that join rows (n,) and columns (joined_cols,); None: nothing joins
+    p_positive,  # (n,) base-2 logits, or None
+    out,  # float64, natural units, written: row (n,), col (m,), positive (n,), None where absent
+    n,
+    m,
+    row_tiles,
+    col_tiles,
+    joined_cols,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    n_blocks = tl.cdiv(n, BLOCK_LINES)
+    o_line = tl.arange(0, BLOCK_LINES)
+    if i_block < n_blocks:
+        o_line += i_block * BLOCK_LINES
+        if row_parts is not None:
+            finish_line(row_parts, joined[0], out[0], o_line, n, row_tiles, n, BLOCK_TILES)
+        if p_positive is not None:
+            b_positive = tl.load(p_positive + o_line, mask=o_line < n, other=0.0).to(tl.float64)
+            tl.store(out[2] + o_line, b_positive * LN2, mask=o_line < n)
+    elif col_parts is not None:
+        o_line += (i_block - n_blocks) * BLOCK_LINES
+        finish_line(col_parts, joined[1], out[1], o_line, m, col_tiles, joined_cols, BLOCK_TILES)
+
+
+@triton.jit
+def load_lse2(p_lse, o_line, m_line):
+    """Base-2 logsumexps, 0 where nothing is visible: every pair of that line is hidden anyway."""
+    b_lse2 = tl.load(p_lse + o_line, mask=m_line, other=0.0) * LOG2E
+    return tl.where(b_lse2 == float("-inf"), 0.0, b_lse2)
+
+
+@triton.jit
+def sampled_mean(p_lse, n):
+    """Mean base-2 logsumexp of up to SAMPLE evenly spaced lines."""
+    o_sample = (tl.arange(0, SAMPLE).to(tl.int64) * n) // SAMPLE
+    return tl.sum(load_lse2(p_lse, o_sample, o_sample < n), 0) / SAMPLE
+
+
+@triton.jit
+def load_gradient(p_g, stride, o_line, m_line, factor):
+    return tl.load(p_g + o_line.to(tl.int64) * stride, mask=m_line, other=0.0).to(tl.float64) * factor
+
+
+@triton.jit
+def pack_line(p_lse, g, p_line, o_line, sizes, middle, SIGN: tl.constexpr, BOTH: tl.constexpr):
+    """Reference, gain and factor of some lines, as `lines.pack` says. g: (pointer, stride, factor) of their gradients."""
+    n, n_padded = sizes
+    m_line, m_stored = o_line < n, o_line < n_padded
+    b_lse2 = load_lse2(p_lse, o_line, m_line)
+    b_g = load_gradient(g[0], g[1], o_line, m_line, g[2])
+    b_reference = b_lse2.to(tl.float32)
+    b_gain = b_g * tl.exp2(b_reference.to(tl.float64) - b_lse2)
+    # past the end: neither the highest row nor the lowest column of its tile
+    b_past = tl.full(o_line.shape, -SIGN * float("inf"), tl.float32)
+    tl.store(p_line + o_line, tl.where(m_line, b_reference, b_past), mask=m_stored)
+    tl.store(p_line + n_padded + o_line, b_gain.to(tl.float32), mask=m_stored)
+    if BOTH:
+        b_factor = tl.exp2(SIGN * (b_lse2 - middle))
+        if SIGN < 0:
+            b_factor *= b_g
+        b_factor = tl.where(m_line, b_factor, 0.0)
+        tl.store(p_line + 2 * n_padded + o_line, b_factor.to(tl.float32), mask=m_stored)
+
+
+@triton.jit
+def positive_softmax(b_positive, p_lse, o_line, m_line):
+    """exp(positive - lse), 0 where there is no positive."""
+    b_lse = tl.load(p_lse + o_line, mask=m_line, other=0.0)
+    return tl.where(m_line, tl.exp2((b_positive - b_lse) * LOG2E), 0.0)
+
+
+@triton.jit
+def nonzero(p_scale):
+    """The scale in float64. A scale of 0 would leave nothing of G for the scale's own gradient: a tiny number stands for it."""
+    scale = tl.load(p_scale).to(tl.float64)
+    return tl.where(tl.abs(scale) < SMALLEST_SCALE, SMALLEST_SCALE, scale)
+
+
+@triton.jit(do_not_specialize=["n", "m", "strides"])
+def pack_lines(
+    lse,  # pointers, row and col, float64; a direction is None where its gradient is
+    p_positive,  # (n,) float64; None: no entries
+    p_labels,  # (n,) the positives' columns; None: row i's is column i
+    g,  # pointers, gradients with respect to row, col and positive
+    strides,  # of these
+    p_scale,  # folded into G; None: it is not
+    lines,  # (3, n..) and (3, m..) float32, written; None where absent
+    p_middle,  # 0-d float32, written; None for one direction
+    p_entry,  # (n..) float32, written; None: no entries
+    n,
+    m,
+    PAD: tl.constexpr,
+    JOINED: tl.constexpr,
+    NONZERO: tl.constexpr,  # a scale of 0 as `nonzero`
+    BLOCK: tl.constexpr,
+):
+    BOTH: tl.constexpr = p_middle is not None
+    i_block = tl.program_id(0)
+    n_padded, m_padded = tl.cdiv(n, PAD) * PAD, tl.cdiv(m, PAD) * PAD
+    factor = tl.full((), 1.0, tl.float64)
+    if p_scale is not None:
+        factor = nonzero(p_scale) if NONZERO else tl.load(p_scale).to(tl.float64)
+    middle = tl.full((), 0.0, tl.float64)
+    if BOTH:
+        middle = (sampled_mean(lse[0], n) + sampled_mean(lse[1], m)) / 2
+        if i_block == 0:
+            tl.store(p_middle, middle.to(tl.float32))
+    n_blocks = n_padded // BLOCK
+    o_line = tl.arange(0, BLOCK)
+    if i_block < n_blocks:
+        o_line += i_block * BLOCK
+        m_line = o_line < n
+        if lines[0] is not None:
+            pack_line(lse[0], (g[0], strides[0], factor), lines[0], o_line, (n, n_padded), middle, 1, BOTH)
+        if p_entry is not None:
+            b_positive = tl.load(p_positive + o_line, mask=m_line, other=0.0)
+            b_entry = tl.zeros(o_line.shape, tl.float64)
+            if g[2] is not None:
+                b_entry += load_gradient(g[2], strides[2], o_line, m_line, factor)
+            b_label = o_line
+            if p_labels is not None:
+                b_label = tl.load(p_labels + o_line, mask=m_line, other=-1).to(tl.int32)
+            m_label = m_line & (b_label >= 0)
+            if JOINED and g[0] is not None:
+                b_g = load_gradient(g[0], strides[0], o_line, m_line, factor)
+                b_entry += positive_softmax(b_positive, lse[0], o_line, m_label) * b_g
+            if JOINED and g[1] is not None:
+                b_g = load_gradient(g[1], strides[1], b_label, m_label, factor)
+                b_entry += positive_softmax(b_positive, lse[1], b_label, m_label) * b_g
+            tl.store(p_entry + o_line, tl.where(m_label, b_entry, 0.0).to(tl.float32), mask=o_line < n_padded)
+    elif lines[1] is not None:
+        o_line += (i_block - n_blocks) * BLOCK
+        pack_line(lse[1], (g[1], strides[1], factor), lines[1], o_line, (m, m_padded), middle, -1, BOTH)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def mark_ids(
+    p_found,  # (K, n + m) int32: numbers that stand for ids
+    p_ids,  # (K, n + m) int64: below 0 for none
+    p_left,  # (K, n..) int32, written: of the rows, -1 for none and past the end
+    p_right,  # (K, m..): of the columns, -2, since none equals nothing
+    n,
+    m,
+    PAD: tl.constexpr,
+):
+    left_blocks, right_blocks = tl.cdiv(n, PAD), tl.cdiv(m, PAD)
+    i_channel = tl.program_id(0) // (left_blocks + right_blocks)
+    i_block = tl.program_id(0) % (left_blocks + right_blocks)
+    o_in_block, i_channel = tl.arange(0, PAD), i_channel.to(tl.int64)
+    p_found += i_channel * (n + m)
+    p_ids += i_channel * (n + m)
+    if i_block < left_blocks:
+        o_line = i_block * PAD + o_in_block
+        m_line = o_line < n
+        b_found = tl.load(p_found + o_line, mask=m_line, other=0)
+        b_there = tl.load(p_ids + o_line, mask=m_line, other=-1) >= 0
+        tl.store(p_left + i_channel * left_blocks * PAD + o_line, tl.where(b_there, b_found, -1))
+    else:
+        o_line = (i_block - left_blocks) * PAD + o_in_block
+        m_line = o_line < m
+        b_found = tl.load(p_found + n + o_line, mask=m_line, other=0)
+        b_there = tl.load(p_ids + n + o_line, mask=m_line, other=-1) >= 0
+        tl.store(p_right + i_channel * right_blocks * PAD + o_line, tl.where(b_there, b_found, -2))
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def inner_products(
+    p_x,  # (n, d), each row contiguous: a gradient
+    p_y,  # (n, d), likewise
+    p_other,  # (m, d), the other gradient, or None
+    strides,  # of x, y and the other: elements from row to row
+    p_scale,  # what both gradients are proportional to: where it is 0, what stands for it is taken out of them
+    p_parts,  # (programs,) float64, written
+    n,
+    m,
+    d,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_x = o_row.to(tl.int64)[:, None] * strides[0]
+    o_y = o_row.to(tl.int64)[:, None] * strides[1]
+    is_zero = tl.load(p_scale) == 0
+    b_sum = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for i_d in range(0, d, BLOCK_D):
+        o_d = i_d + tl.arange(0, BLOCK_D)
+        m_d = (o_d < d)[None, :]
+        m_x = (o_row < n)[:, None] & m_d
+        b_x = tl.load(p_x + o_x + o_d[None, :], mask=m_x, other=0.0)
+        b_y = tl.load(p_y + o_y + o_d[None, :], mask=m_x, other=0.0)
+        b_sum += b_x.to(tl.float32) * b_y.to(tl.float32)
+        if is_zero:
+            tl.store(p_x + o_x + o_d[None, :], tl.zeros_like(b_x), mask=m_x)
+            if p_other is not None:
+                o_other = o_row.to(tl.int64)[:, None] * strides[2]
+                tl.store(p_other + o_other + o_d[None, :], tl.zeros_like(b_x), mask=(o_row < m)[:, None] & m_d)
+    tl.store(p_parts + tl.program_id(0), tl.sum(tl.sum(b_sum, 1).to(tl.float64), 0))
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def sum_parts(p_parts, p_scale, p_out, n_parts, BLOCK: tl.constexpr):
+    """out = sum of parts / folded scale, by one program."""
+    b_sum = tl.zeros((BLOCK,), tl.float64)
+    for i_part in range(0, n_parts, BLOCK):
+        o_part = i_part + tl.arange(0, BLOCK)
+        b_sum += tl.load(p_parts + o_part, mask=o_part < n_parts, other=0.0)
+    tl.store(p_out, (tl.sum(b_sum, 0) / nonzero(p_scale)).to(p_out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_losses(p_row, p_col, p_positive, p_weight, p_out, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """out = sum_i w_i ((row_i + col_i) / 2 - positive_i), or its mean, by one program. p_weight is None for 1."""
+    b_sum = tl.zeros((BLOCK,), tl.float64)
+    for i_first in range(0, n, BLOCK):
+        o_row = i_first + tl.arange(0, BLOCK)
+        m_row = o_row < n
+        b_row = tl.load(p_row + o_row, mask=m_row, other=0.0)
+        b_col = tl.load(p_col + o_row, mask=m_row, other=0.0)
+        b_positive = tl.load(p_positive + o_row, mask=m_row, other=0.0)
+        b_loss = 0.5 * (b_row - b_positive) + 0.5 * (b_col - b_positive)
+        if p_weight is not None:
+            b_loss *= tl.load(p_weight + o_row, mask=m_row, other=0).to(tl.float64)
+        b_sum += b_loss
+    total = tl.sum(b_sum, 0)
+    if MEAN:
+        total = total / n
+    tl.store(p_out, total.to(p_out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def spread_gradient(
+    p_g,  # 0-d
+    p_weight,  # (n,) or None for 1
+    out,  # float64, written: g_row (n,), g_col (m,), g_positive (n,)
+    n,
+    m,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_line = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_row = o_line < n
+    g = tl.load(p_g).to(tl.float64)
+    if MEAN:
+        g = g / n
+    b_g = tl.where(m_row, g, 0.0)
+    if p_weight is not None:
+        b_g *= tl.load(p_weight + o_line, mask=m_row, other=0).to(tl.float64)
+    tl.store(out[0] + o_line, 0.5 * b_g, mask=m_row)
+    tl.store(out[1] + o_line, 0.5 * b_g, mask=o_line < m)
+    tl.store(out[2] + o_line, -b_g, mask=m_row)

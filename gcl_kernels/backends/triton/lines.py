@@ -1,0 +1,181 @@
+"""What `line_kernels` is launched with: statistics, what the backward's tiles read, the scale's gradient, a loss of lines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..chunks import cdiv, round_up
+from ..contract import Lines
+from .operands import PAD
+from .partials import MERGE_LINES, MERGE_TILES
+from .run import run
+
+Parts = tuple[Tensor, Tensor]
+
+BLOCK = 128  # lines of a program, which divides PAD
+ROWS, BLOCK_D = 8, 128  # of an inner product's program
+ONE_PROGRAM = 1024  # numbers at a time of a sum by one program
+
+
+def finish(
+    parts: tuple[Parts | None, Parts | None],
+    tiles: tuple[int, int],
+    joined: tuple[Tensor | None, Tensor | None],
+    positive2: Tensor,
+    m: int,
+    *,
+    given: Tensor | None,
+) -> Lines:
+    """Statistics of lines in natural units, float64, from partial sums and base-2 logits of positives that join them.
+
+    `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already.
+    """
+    n = len(positive2)
+    row, col = (
+        None if x is None else positive2.new_empty(length, dtype=torch.float64)
+        for x, length in zip(parts, (n, m), strict=True)
+    )
+    positive = positive2.new_empty(positive2.shape, dtype=torch.float64) if given is None else given
+    run(
+        "finish_lines",
+        cdiv(n, MERGE_LINES) + (0 if col is None else cdiv(m, MERGE_LINES)),
+        row_parts=parts[0],
+        col_parts=parts[1],
+        joined=joined,
+        p_positive=positive2 if given is None else None,
+        out=(row, col, positive if given is None else None),
+        n=n,
+        m=m,
+        row_tiles=tiles[0],
+        col_tiles=tiles[1],
+        joined_cols=0 if joined[1] is None else len(joined[1]),
+        BLOCK_TILES=MERGE_TILES,
+        BLOCK_LINES=MERGE_LINES,
+        num_warps=4,
+    )
+    return Lines(row, col, positive)
+
+
+def pack(
+    statistics: Lines,
+    g: Lines,
+    labels: Tensor | None,
+    *,
+    m: int,
+    joined: bool,
+    scale: Tensor | None,
+    nonzero: bool,
+    entries: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(row line, column line, middle, entries of positives), which `backward_tile` reads.
+
+    (3, N..) and (3, M..) float32: reference, gain and factor of each line, and the factors' middle. The factors are
+    exp2(r - middle) of a row and g exp2(middle - c) of a column: what the one-exponential form needs, which is for both
+    directions. For one there are neither factors nor a middle. A direction that is not there is None. Where a row has several
+    labels the caller makes the entries. `scale`: is multiplied into G; with `nonzero` a tiny number
+    is, where it is 0 (`line_kernels.nonzero`).
+    """
+    positive = statistics.positive
+    assert positive is not None
+    n = len(positive)
+    by_row, by_col = g.row is not None and statistics.row is not None, g.col is not None and statistics.col is not None
+    lengths = round_up(n, PAD), round_up(m, PAD)
+    row_line, col_line = (
+        positive.new_empty((3, length), dtype=torch.float32) if there else None
+        for length, there in zip(lengths, (by_row, by_col), strict=True)
+    )
+    middle = positive.new_empty((), dtype=torch.float32) if by_row and by_col else None
+    entry = positive.new_empty((lengths[0], 1), dtype=torch.float32) if entries else None
+    upstream = (g.row if by_row else None, g.col if by_col else None, g.positive)
+    run(
+        "pack_lines",
+        (lengths[0] + (lengths[1] if by_col else 0)) // BLOCK,
+        lse=(contiguous(statistics.row) if by_row else None, contiguous(statistics.col) if by_col else None),
+        p_positive=positive.contiguous(),
+        p_labels=contiguous(labels) if entries else None,
+        g=upstream,
+        strides=tuple(0 if x is None else x.stride(0) for x in upstream),
+        p_scale=scale,
+        lines=(row_line, col_line),
+        p_middle=middle,
+        p_entry=entry,
+        n=n,
+        m=m,
+        PAD=PAD,
+        JOINED=joined,
+        NONZERO=nonzero,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return row_line, col_line, middle, entry
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) -> Tensor:
+    """<x, y> / scale, 0-d in the scale's dtype, of matrices (N, D) whose rows are contiguous.
+
+    x and `other` (M, D) are gradients of the sides, made with `pack(nonzero=True)`; where the scale is 0 they become 0.
+    """
+    programs = cdiv(max(len(x), 0 if other is None else len(other)), ROWS)
+    parts, out = x.new_empty(programs, dtype=torch.float64), torch.empty_like(scale)
+    run(
+        "inner_products",
+        programs,
+        p_x=x,
+        p_y=y,
+        p_other=other,
+        strides=(x.stride(0), y.stride(0), 0 if other is None else other.stride(0)),
+        p_scale=scale,
+        p_parts=parts,
+        n=len(x),
+        m=0 if other is None else len(other),
+        d=x.shape[1],
+        ROWS=ROWS,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    run("sum_parts", 1, p_parts=parts, p_scale=scale, p_out=out, n_parts=programs, BLOCK=ONE_PROGRAM, num_warps=4)
+    return out
+
+
+def sum_losses(lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dtype) -> Tensor:
+    """0-d `sum_i w_i ((row_i + col_i) / 2 - positive_i)`, or its mean over rows, of default labels."""
+    row, col, positive = lines
+    assert row is not None
+    out = row.new_empty((), dtype=dtype)
+    run(
+        "sum_losses",
+        1,
+        p_row=row,
+        p_col=col,
+        p_positive=positive,
+        p_weight=weights,
+        p_out=out,
+        n=len(row),
+        MEAN=mean,
+        BLOCK=ONE_PROGRAM,
+        num_warps=4,
+    )
+    return out
+
+
+def spread_gradient(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> Lines:
+    """Of `sum_losses` with respect to lines, float64, from that with respect to its result."""
+    row, col, positive = (g.new_empty(shape, dtype=torch.float64) for shape in ((n,), (m,), (n, 1)))
+    run(
+        "spread_gradient",
+        cdiv(max(n, m), BLOCK),
+        p_g=g,
+        p_weight=weights,
+        out=(row, col, positive),
+        n=n,
+        m=m,
+        MEAN=mean,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return Lines(row, col, positive)
