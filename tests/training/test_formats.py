@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import tarfile
 
@@ -118,11 +119,16 @@ def test_the_gcl_authors_layout(folder):
 
 
 def test_document_ids_that_come_twice_are_counted(folder, capsys):
+    """In whatever order they come, the fullest counts, and of equally full ones that with the smallest values."""
     path = folder / "corpus.json"
+    for same in itertools.permutations(('"1": {"title": "A"}', '"1": {"title": ""}', '"1": {"title": "C"}')):
+        path.write_text(f'{{"2": {{"title": "B"}}, {", ".join(same)}}}')
+        assert read_documents(path, {"title": "txt"}) == {"2": {"title": "B"}, "1": {"title": "A"}}
+        assert "got 2 ids again" in capsys.readouterr().out
     path.write_text('{"1": {"title": "A"}, "2": {"title": "B"}, "1": {"title": "C"}}')
-    assert read_documents(path, {"title": "txt"})["1"] == {"title": "C"}
+    assert read_documents(path, {"title": "txt"})["1"] == {"title": "A"}
     assert capsys.readouterr().out == (
-        f"{path}: expected each document id once, got 1 ids again, first '1'; the last document of an id counts\n"
+        f"{path}: expected each document id once, got 1 ids again, first '1'; the fullest document of an id counts\n"
     )
 
 

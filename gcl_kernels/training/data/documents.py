@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from gcl_kernels.training.data.faults import LINES_SHOWN, one_line, quoted, shown
@@ -40,7 +41,10 @@ def read_documents(
     content, fault = parse_json(text)
     if fault:
         raise DataError(f"{name}{fault}")
-    if not isinstance(content, dict) or not all(isinstance(document, dict) for document in content.values()):
+    versions = getattr(content, "versions", {})
+    if not isinstance(content, dict) or not all(
+        isinstance(document, dict) for document in (*content.values(), *chain(*versions.values()))
+    ):
         raise DataError(
             f"{name}, line 1: expected a JSON object {{document id: {{field: value}}}}, got another structure"
         )
@@ -49,9 +53,9 @@ def read_documents(
     images = ImageCheck(check_images)
     documents: dict[str, dict[str, str]] = {}
     seen: set[str] = set()
-    repeated = list(getattr(content, "repeated", ()))
+    repeated: list[str] = []
     bad, bad_count = [], 0
-    for key, document in content.items():
+    for key, document in ((name, one) for name in content for one in versions.get(name, [content[name]])):
         identity = key.strip()
         seen.update(field for field in fields if field in document)
         values, faults = texts_of({field: document.get(field) for field in fields}, "field")
@@ -70,6 +74,7 @@ def read_documents(
             continue
         if identity in documents:
             repeated.append(identity)
+            values = min(values, documents[identity], key=emptier)
         documents[identity] = values
     if bad and not skip_bad_rows:
         raise DataError("\n".join(shown(bad, bad_count)))
@@ -86,6 +91,11 @@ def read_documents(
     if repeated:
         print(
             f"{name}: expected each document id once, got {len(repeated)} ids again, first "
-            f"{quoted(repeated[0])}; the last document of an id counts"
+            f"{quoted(repeated[0])}; the fullest document of an id counts"
         )
     return documents
+
+
+def emptier(document: Mapping[str, str]) -> tuple[int, list[str]]:
+    """The place of a document among those of its id, the fullest first; of equally full ones that with the smallest values."""
+    return sum(not value for value in document.values()), list(document.values())

@@ -109,14 +109,16 @@ def image_path(folder: str, cell: str) -> str:
 
 
 class Repeated(dict):
-    """A JSON object some of whose keys, `repeated`, came more than once; the last value of a key counts."""
+    """A JSON object some of whose keys, `repeated`, came more than once: their last value, and in `versions` all of them."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__()
-        self.repeated = []
+        self.repeated: list[str] = []
+        self.versions: dict[str, list[Any]] = {}
         for key, value in pairs:
             if key in self:
                 self.repeated.append(key)
+                self.versions.setdefault(key, [self[key]]).append(value)
             self[key] = value
 
 
