@@ -72,13 +72,20 @@ def variants(*names):
     return [len(found[name].device_caches[0][0]) for name in names]
 
 
-def step(n, m, d=768, dtype=torch.bfloat16, labels=None, channels=None, want=(True, True), stored=False):
+def step(n, m, d=768, dtype=torch.bfloat16, labels=None, channels=None, want=(True, True), stored=False, terms=()):
     labels, left, right = (
         torch.zeros(length, k, dtype=torch.int64) if k else None
         for length, k in ((n, labels), (n, channels), (m, channels))
     )
+    numbers = {name: torch.zeros(n if name.startswith("lhs") else m) for name in terms}
     pairs = Pairs(
-        torch.zeros(n, d, dtype=dtype), torch.zeros(m, d, dtype=dtype), torch.tensor(1.0), labels, left, right
+        torch.zeros(n, d, dtype=dtype),
+        torch.zeros(m, d, dtype=dtype),
+        torch.tensor(1.0),
+        labels,
+        left,
+        right,
+        **numbers,
     )
     row, col, positive = (torch.ones(k, dtype=torch.float64) for k in (n, m, (n, pairs.positives)))
     upstream = Lines(row if want[0] else None, col if want[1] else None, positive)
@@ -115,6 +122,9 @@ def test_a_ragged_batch_compiles_nothing_new():
         {"want": (False, True)},
         {"want": (True, False), "stored": True},
         {"want": (False, True), "stored": True},
+        {"terms": ("lhs_limit",)},
+        {"terms": ("rhs_limit", "rhs_bias"), "labels": 1, "channels": 1},
+        {"terms": ("lhs_limit", "rhs_bias"), "want": (True, False), "stored": True},
         {"d": 256, "dtype": torch.float32},
         {"d": 760, "dtype": torch.float16},
     ],

@@ -1,13 +1,14 @@
 """Masks and additive terms of the logits, the same in both passes: one function and one position of `terms` each.
 
 `terms` is a tuple with a fixed position for every term, None where a term is absent. Triton resolves `is None` when it
-compiles, so that an absent term costs nothing. The first is a number for the others. These are pairs of pointers, one to (n..)
-numbers of rows and one to (m..) of columns, padded to whole tiles, in the order of `operands.terms_of`.
+compiles, so that an absent term costs nothing. They are pointers to (n..) numbers of rows or (m..) of columns, padded to whole
+tiles; `operands.Terms` makes them and names them in this order.
 
-    0  a pointer to the sign of logit_scale, float32; only beside limits
-    1  ids: a pair a channel, int32, `operands.compress_ids`
-    2  limits: one pair, float32, either of them None; in units of the logits times the sign
-    3  bias: one pair (None, p_right), float32, base 2
+    0  sign of logit_scale, float32; only beside limits
+    1  ids: a pair of pointers a channel, int32
+    2  limits of rows, float32, in units of the logits times the sign
+    3  limits of columns
+    4  biases of columns, float32, base 2
 
 A mask never reaches a positive: the kernels read positives before and put them back. An additive term is part of `modify` and of
 `modify_positive`, which does to a positive's logit what it does to the tile's. A mask that compares logits may decide otherwise
@@ -32,32 +33,29 @@ def modify(b_s, terms, place):
     if terms[1] is not None:
         b_s = in_narrow_parts(b_s, hide_equal_ids, (terms[1], place[0]), place[1])
     if terms[2] is not None:
-        b_s = in_narrow_parts(b_s, hide_above_limits, (terms[2][0], tl.load(terms[0]), place[0]), place[1])
-    if terms[3] is not None:  # after the limits, which are of similarities
-        b_s = in_narrow_parts(b_s, add_bias, terms[3][0][1], place[1])
+        b_limit = tl.load(terms[2] + place[0] + tl.arange(0, b_s.shape[0]))
+        b_s = tl.where(b_s * tl.load(terms[0]) > b_limit[:, None], float("-inf"), b_s)
+    if terms[3] is not None:
+        b_s = in_narrow_parts(b_s, hide_above_limits, (terms[3], tl.load(terms[0])), place[1])
+    if terms[4] is not None:  # after the limits, which are of similarities
+        b_s = in_narrow_parts(b_s, add_bias, terms[4], place[1])
     return b_s
 
 
 @triton.jit
 def modify_positive(b_positive, terms, b_label, m_inside):
     """Base-2 logits of positives in the columns b_label of the chunk, with every additive term."""
-    if terms[3] is not None:
-        b_positive += tl.load(terms[3][0][1] + b_label, mask=m_inside, other=0.0)
+    if terms[4] is not None:
+        b_positive += tl.load(terms[4] + b_label, mask=m_inside, other=0.0)
     return b_positive
 
 
 @triton.jit
 def hide_above_limits(b_s, arguments, i_col):
-    """-inf at pairs more similar than their row's or their column's limit."""
-    limits, sign, i_row = arguments
-    b_similarity = b_s * sign
-    if limits[0] is not None:
-        b_limit = tl.load(limits[0] + i_row + tl.arange(0, b_s.shape[0]))
-        b_s = tl.where(b_similarity > b_limit[:, None], float("-inf"), b_s)
-    if limits[1] is not None:
-        b_limit = tl.load(limits[1] + i_col + tl.arange(0, b_s.shape[1]))
-        b_s = tl.where(b_similarity > b_limit[None, :], float("-inf"), b_s)
-    return b_s
+    """-inf at pairs more similar than their column's limit."""
+    p_limit, sign = arguments
+    b_limit = tl.load(p_limit + i_col + tl.arange(0, b_s.shape[1]))
+    return tl.where(b_s * sign > b_limit[None, :], float("-inf"), b_s)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,40 @@ from .run import Block, run
 # The kernels read vectors in whole tiles, of any side up to this.
 PAD = 256
 
-# A mask or an additive term as the kernels take it: pairs of vectors, one of rows (N..) and one of columns (M..).
-Term = tuple[tuple[Tensor | None, Tensor | None], ...]
+
+class Terms(NamedTuple):
+    """Masks and additive terms as the kernels take them, `modify`'s in its order; None for one that is absent."""
+
+    sign: Tensor | None  # 0-d float32, that of logit_scale beside limits
+    ids: tuple[tuple[Tensor, Tensor], ...] | None  # a pair (N..), (M..) a channel, int32, `compress_ids`
+    lhs_limit: Tensor | None  # (N..) float32, in units of the logits times the sign
+    rhs_limit: Tensor | None  # (M..)
+    rhs_bias: Tensor | None  # (M..) float32, base 2
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> Terms:
+        ids = None
+        if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
+            ids = tuple(zip(*compress_ids(pairs.lhs_ids, pairs.rhs_ids), strict=True))
+        limits = {name: padded(x, math.inf) for name, x in limits2(pairs, torch.float32).items()}
+        bias = bias2(pairs, torch.float32)
+        return cls(
+            sign(pairs.logit_scale, torch.float32) if limits else None,
+            ids,
+            limits.get("lhs_limit"),
+            limits.get("rhs_limit"),
+            None if bias is None else padded(bias, 0),
+        )
+
+    def in_chunk(self, rows: slice, cols: slice) -> tuple[Any, ...]:
+        """The vectors from the chunk's first row and column on. No tuple inside holds a None, which Triton 3.5 cannot read."""
+        return (
+            self.sign,
+            None if self.ids is None else tuple((left[rows.start :], right[cols.start :]) for left, right in self.ids),
+            None if self.lhs_limit is None else self.lhs_limit[rows.start :],
+            None if self.rhs_limit is None else self.rhs_limit[cols.start :],
+            None if self.rhs_bias is None else self.rhs_bias[cols.start :],
+        )
 
 
 @dataclass(frozen=True)
@@ -31,8 +63,7 @@ class Operands:
     scale: tuple[Tensor, Tensor | None]
     labels: Tensor | None  # (N.., P) int32, `padded`; None: row i's positive is column i
     positives: int  # P
-    terms: tuple[Term | None, ...]  # `terms_of`
-    sign: Tensor | None  # 0-d float32, that of logit_scale beside limits
+    terms: Terms
     config: Config
     precision: str
 
@@ -47,8 +78,7 @@ class Operands:
             (scale, scale if pairs.lhs.dtype == torch.float32 else None),
             None if pairs.labels is None else padded(pairs.labels.to(torch.int32), -1),
             pairs.positives,
-            terms_of(pairs),
-            sign(pairs.logit_scale, torch.float32) if pairs.limited else None,
+            Terms.of(pairs),
             select(pairs.lhs.device, pairs.lhs.dtype, pairs.d, precision),
             precision,
         )
@@ -56,7 +86,7 @@ class Operands:
     @property
     def limited(self) -> bool:
         """Whether pairs are hidden by their similarity."""
-        return self.sign is not None
+        return self.terms.sign is not None
 
     @property
     def n(self) -> int:
@@ -78,7 +108,7 @@ class Operands:
             "strides": (lhs.stride(0), rhs.stride(0), 0 if written is None else written.stride(0)),
             "scale": self.scale,
             "p_labels": None if self.labels is None else self.labels[rows.start :],
-            "terms": (self.sign, *(None if x is None else in_chunk(x, rows, cols) for x in self.terms)),
+            "terms": self.terms.in_chunk(rows, cols),
             "n": lhs.shape[0],
             "m": rhs.shape[0],
             "d": lhs.shape[1],
@@ -91,28 +121,6 @@ class Operands:
     def block(self, x: Tensor, rows: int, cols: int) -> Tensor | Block:
         """A matrix as the kernels take it: a descriptor of (rows, cols) blocks, or the tensor for its pointer."""
         return Block(x, rows, cols) if self.config.descriptors else x
-
-
-def terms_of(pairs: Pairs) -> tuple[Term | None, ...]:
-    """`modify`'s after the sign, in its order; None for one that is absent."""
-    ids = None
-    if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
-        ids = tuple(zip(*compress_ids(pairs.lhs_ids, pairs.rhs_ids), strict=True))
-    limits = {name: padded(x, math.inf) for name, x in limits2(pairs, torch.float32).items()}
-    bias = bias2(pairs, torch.float32)
-    return (
-        ids,
-        ((limits.get("lhs_limit"), limits.get("rhs_limit")),) if limits else None,
-        None if bias is None else ((None, padded(bias, 0)),),
-    )
-
-
-def in_chunk(term: Term, rows: slice, cols: slice) -> Term:
-    """The vectors from the chunk's first row and column on."""
-    return tuple(
-        (None if of_rows is None else of_rows[rows.start :], None if of_cols is None else of_cols[cols.start :])
-        for of_rows, of_cols in term
-    )
 
 
 def tile_constants(tile: TileShape, d: int) -> dict[str, Any]:
