@@ -127,12 +127,7 @@ class ClipLoss(nn.Module):
             text_features = local_tensor("text_features", text_features, group)
             logit_scale = local_tensor("logit_scale", logit_scale, group)
             logit_bias = local_tensor("logit_bias", logit_bias, group)
-            check_tensor("image_features", image_features, (2,))
-            check_tensor("text_features", text_features, (2,))
-            if len(image_features) != len(text_features):
-                raise ValueError(
-                    f"text_features: expected {len(image_features)} rows, as image_features has, got {len(text_features)}"
-                )
+            check_features(image_features, text_features)
             bias = None if logit_bias is None else check_scale(logit_bias, image_features, "logit_bias")
             if self.world_size > 1:
                 check_default_group(self.rank, self.world_size)
@@ -174,6 +169,16 @@ class ClipLoss(nn.Module):
             logit_scale = distributed.sum_gradients(logit_scale, 1 / copies, group)
         share = gcl_loss(image_features, text_features, logit_scale, process_group=group) / self.world_size
         return distributed.sum_values(share, copies, group)
+
+
+def check_features(image_features: Tensor, text_features: Tensor) -> None:
+    """Two matrices of as many rows, by open_clip's names."""
+    check_tensor("image_features", image_features, (2,))
+    check_tensor("text_features", text_features, (2,))
+    if len(image_features) != len(text_features):
+        raise ValueError(
+            f"text_features: expected {len(image_features)} rows, as image_features has, got {len(text_features)}"
+        )
 
 
 def check_default_group(rank: int, world_size: int) -> None:

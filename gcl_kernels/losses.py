@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, distributed, linear
+from . import distributed, linear
 from .derivatives import refuse_forward_mode
 from .false_negatives import FalseNegatives
-from .fields import FieldWeights, aggregate_fields, check_mask, named_fields, normalized_weights, unit
+from .fields import FieldWeights, normalized_weights
 from .groups import ProcessGroupLike, check_process_group, local_tensor, resolve_group
-from .pairs import Pairs
 from .row_losses import RowLoss, denominator, row_losses
 from .score_to_weight import Knots, ScoreToWeight, score_to_weight
+from .sides import Side, sides_of, tensors_of
 from .types import (
     BACKEND_NAMES,
     DIRECTIONS,
@@ -33,14 +33,9 @@ from .types import (
     WeightNormalization,
     signature_of,
 )
-from .validation import DTYPES, check_choice, check_fraction, check_tensor, check_weights
-
-if TYPE_CHECKING:  # some builds of torch have no distributed
-    from torch.distributed import ProcessGroup
+from .validation import DTYPES, check_choice, check_fraction, check_tensor
 
 ROW_SHARE: dict[Directions, float] = {"both": 0.5, "lhs_to_rhs": 1.0, "rhs_to_lhs": 0.0}  # the formula's a
-
-Side = Tensor | Mapping[str, Tensor]
 
 
 def gcl_loss(
@@ -129,24 +124,23 @@ def gcl_loss(
     with distributed.shared_failure(group):
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
         false_negatives = _false_negatives(false_negative_margin, false_negative_ratio)
-        refuse_forward_mode("gcl_loss", logit_scale, weights, *_tensors(lhs), *_tensors(rhs))
-        lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
-        weights, labels = local_tensor("weights", weights, group), local_tensor("labels", labels, group)
-        lhs_field_mask = local_tensor("lhs_field_mask", lhs_field_mask, group)
-        rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
-        left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
-        right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids, "rhs_bias": rhs_bias}
-        first = Pairs.of(left[0][1], right[0][1], logit_scale, group, **inputs)
-        check_weights(weights, labels, first.n, first.lhs.device)
-        # fields of a side are alike, which was checked with them
-        of_fields = [
-            (u * v, first if i == j == 0 else first.between(x, y), (has_x, has_y))
-            for i, (u, x, has_x) in enumerate(left)
-            for j, (v, y, has_y) in enumerate(right)
-        ]
-        if group is not None:
-            backends.choose(backend, first.lhs.device, first.lhs.dtype)  # raises if there is no such backend
+        refuse_forward_mode("gcl_loss", logit_scale, weights, *tensors_of(lhs), *tensors_of(rhs))
+        sides = sides_of(
+            lhs,
+            rhs,
+            logit_scale,
+            group,
+            weights=weights,
+            field_weights=(lhs_field_weights, rhs_field_weights),
+            field_masks=(lhs_field_mask, rhs_field_mask),
+            field_mode=field_mode,
+            backend=backend,
+            labels=labels,
+            lhs_ids=lhs_ids,
+            rhs_ids=rhs_ids,
+            rhs_bias=rhs_bias,
+        )
+    first, weights, labels = sides.first, sides.weights, sides.labels
     ranks = None
     if group is not None:
         alike = {
@@ -157,24 +151,23 @@ def gcl_loss(
             "false_negative_margin": false_negative_margin,
             "false_negative_ratio": false_negative_ratio,
             "weights": "None" if weights is None else f"weights, requires_grad={weights.requires_grad}",
-            "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
-            "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
+            **sides.alike,
         }
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
-    plain = directions == "both" and label_smoothing == z_loss == 0 and len(of_fields) == 1 and ranks is None
+    plain = directions == "both" and label_smoothing == z_loss == 0 and len(sides.of_fields) == 1 and ranks is None
     plain = plain and false_negatives == FalseNegatives()
     if plain and linear.takes(first, weights, reduction, backend):
         return linear.loss(first, weights, reduction, backend)
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss, false_negatives)
     loss = first.lhs.new_zeros(())
-    for share, pairs, present in of_fields:
+    for share, pairs, present in sides.of_fields:
         factor = None if divisor is None else share / divisor
         loss = loss + share * row_losses(pairs, present, weights, options, factor, ranks, backend)
     if divisor is not None:
         loss = loss.sum() / divisor
-    return loss.to(torch.promote_types(left[0][1].dtype, torch.float32))
+    return loss.to(torch.promote_types(sides.dtype, torch.float32))
 
 
 class GCLLoss(nn.Module):
@@ -349,41 +342,3 @@ def _false_negatives(margin: float | None, ratio: float | None) -> FalseNegative
         if value is not None:
             check_fraction(name, value, math.inf)
     return FalseNegatives(margin, ratio)
-
-
-def _tensors(side: Side) -> Iterable[object]:
-    return side.values() if isinstance(side, Mapping) else (side,)
-
-
-def _local_side(name: str, side: Side, group: ProcessGroup | None) -> Side:
-    if isinstance(side, Mapping):
-        return {field: local_tensor(f"{name}[{field}]", x, group) for field, x in side.items()}
-    return local_tensor(name, side, group)
-
-
-def _side(
-    name: str, side: Side, weights: FieldWeights, mask: Tensor | None, field_mode: FieldMode, backend: Backend | None
-) -> list[tuple[float, Tensor, Tensor | None]]:
-    """[(weight, (N, D) embedding, rows that have it or None)]: one entry, or one a field in pairwise mode."""
-    if isinstance(side, Tensor):
-        for argument, value in ((f"{name}_field_weights", weights), (f"{name}_field_mask", mask)):
-            if value is not None:
-                raise ValueError(f"{argument}: expected None beside a tensor {name}, got {type(value).__name__}")
-        return [(1.0, side, None)]
-    if not isinstance(side, Mapping):
-        raise TypeError(f"{name}: expected a torch.Tensor or a mapping of fields, got {type(side).__name__}")
-    names, tensors = named_fields(name, side)
-    u = normalized_weights(f"{name}_field_weights", weights, names)
-    if mask is not None:
-        check_mask(f"{name}_field_mask", mask, tensors)
-    if field_mode == "aggregate":
-        return [(1.0, aggregate_fields(tensors, u, mask=mask, backend=backend), None)]
-    columns = [None if mask is None else mask[:, f] for f in range(len(tensors))]
-    return [(u[f], _unit_where(x, columns[f]), columns[f]) for f, x in enumerate(tensors)]
-
-
-def _unit_where(x: Tensor, present: Tensor | None) -> Tensor:
-    """Normalised rows in x's dtype; what an absent field holds (NaN even) becomes zero."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    x_present = x if present is None else torch.where(present[:, None], x, 0.0)
-    return unit(x_present.to(compute)).to(x.dtype)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .clip import check_default_group
+from .clip import check_default_group, check_features
 from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .sigmoid import sigmoid_loss
 from .types import Transport, signature_of
-from .validation import check_choice, check_tensor
+from .validation import check_choice
 
 # What open_clip passes around, and what does the same here.
 TRANSPORT_OF: dict[str, Transport] = {
@@ -119,12 +119,7 @@ class SigLipLoss(nn.Module):
         with distributed.shared_failure(group):
             image_features = local_tensor("image_features", image_features, group)
             text_features = local_tensor("text_features", text_features, group)
-            check_tensor("image_features", image_features, (2,))
-            check_tensor("text_features", text_features, (2,))
-            if len(image_features) != len(text_features):
-                raise ValueError(
-                    f"text_features: expected {len(image_features)} rows, as image_features has, got {len(text_features)}"
-                )
+            check_features(image_features, text_features)
             if self.world_size > 1:
                 check_default_group(self.rank, self.world_size)
         loss = sigmoid_loss(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, distributed
+from . import distributed
 from .backends import statistics_dtype
 from .derivatives import refuse_forward_mode
 from .fields import FieldWeights
 from .groups import ProcessGroupLike, local_tensor, resolve_group
-from .losses import Side, _local_side, _side, _tensors
 from .pairs import Pairs
 from .row_losses import Present, denominator, leave_out_absent
+from .sides import Side, sides_of, tensors_of
 from .softplus import statistics
 from .types import FIELD_MODES, REDUCTIONS, TRANSPORTS, Backend, FieldMode, Reduction, Transport
-from .validation import check_choice, check_scale, check_weights
+from .validation import check_choice, check_scale
 
 
 def sigmoid_loss(
@@ -84,44 +84,43 @@ def sigmoid_loss(
     with distributed.shared_failure(group):
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("field_mode", field_mode, FIELD_MODES)
-        refuse_forward_mode("sigmoid_loss", logit_scale, logit_bias, weights, *_tensors(lhs), *_tensors(rhs))
-        lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
-        weights, labels = local_tensor("weights", weights, group), local_tensor("labels", labels, group)
-        lhs_field_mask = local_tensor("lhs_field_mask", lhs_field_mask, group)
-        rhs_field_mask = local_tensor("rhs_field_mask", rhs_field_mask, group)
-        left = _side("lhs", lhs, lhs_field_weights, lhs_field_mask, field_mode, backend)
-        right = _side("rhs", rhs, rhs_field_weights, rhs_field_mask, field_mode, backend)
-        inputs = {"labels": labels, "lhs_ids": lhs_ids, "rhs_ids": rhs_ids}
-        inputs |= {"lhs_limit": lhs_limit, "rhs_limit": rhs_limit, "rhs_bias": rhs_bias}
-        first = Pairs.of(left[0][1], right[0][1], logit_scale, group, **inputs)
+        refuse_forward_mode("sigmoid_loss", logit_scale, logit_bias, weights, *tensors_of(lhs), *tensors_of(rhs))
+        sides = sides_of(
+            lhs,
+            rhs,
+            logit_scale,
+            group,
+            weights=weights,
+            field_weights=(lhs_field_weights, rhs_field_weights),
+            field_masks=(lhs_field_mask, rhs_field_mask),
+            field_mode=field_mode,
+            backend=backend,
+            labels=labels,
+            lhs_ids=lhs_ids,
+            rhs_ids=rhs_ids,
+            lhs_limit=lhs_limit,
+            rhs_limit=rhs_limit,
+            rhs_bias=rhs_bias,
+        )
+        first, weights, labels = sides.first, sides.weights, sides.labels
         bias = check_scale(local_tensor("logit_bias", logit_bias, group), first.lhs, "logit_bias")
-        check_weights(weights, labels, first.n, first.lhs.device)
-        # fields of a side are alike, which was checked with them
-        of_fields = [
-            (u * v, first if i == j == 0 else first.between(x, y), (has_x, has_y))
-            for i, (u, x, has_x) in enumerate(left)
-            for j, (v, y, has_y) in enumerate(right)
-        ]
-        if group is not None:
-            backends.choose(backend, first.lhs.device, first.lhs.dtype)  # raises if there is no such backend
     ranks = None
     if group is not None:
         alike = {
             "reduction": reduction,
             "requires_grad of logit_bias": bias.requires_grad,
-            "field_mode": f"{field_mode} of {len(left)} and {len(right)} fields",
-            "lhs_field_mask and rhs_field_mask": [m is not None for m in (lhs_field_mask, rhs_field_mask)],
+            **sides.alike,
         }
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     loss = first.lhs.new_zeros(())
-    for share, pairs, present in of_fields:
+    for share, pairs, present in sides.of_fields:
         factor = None if divisor is None else share / divisor
         loss = loss + share * row_losses(pairs, bias, present, weights, factor, ranks, backend)
     if divisor is not None:
         loss = loss.sum() / divisor
-    return loss.to(torch.promote_types(left[0][1].dtype, torch.float32))
+    return loss.to(torch.promote_types(sides.dtype, torch.float32))
 
 
 def row_losses(

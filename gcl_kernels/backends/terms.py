@@ -13,16 +13,15 @@ from .contract import statistics_dtype
 TINY = 2.0**-60  # float32 holds what is 2^-66 of it
 
 
-def scale2(pairs: Pairs) -> Tensor:
-    """0-d `logit_scale log2(e)` in the statistics' dtype."""
-    scale = pairs.logit_scale.to(statistics_dtype(pairs.lhs.device)) * LOG2E
-    return torch.where(scale == 0, TINY, scale) if pairs.limited else scale
-
-
 def scale_of_tiles(pairs: Pairs) -> Tensor:
     """0-d logit_scale, of which a tile makes `scale2`."""
     scale = pairs.logit_scale
-    return torch.where(scale == 0, TINY / LOG2E, scale) if pairs.limited else scale
+    return torch.where(scale == 0, TINY, scale) if pairs.limited else scale
+
+
+def scale2(pairs: Pairs) -> Tensor:
+    """0-d `logit_scale log2(e)` in the statistics' dtype."""
+    return scale_of_tiles(pairs).to(statistics_dtype(pairs.lhs.device)) * LOG2E
 
 
 def without_tiny(statistic: Tensor, pairs: Pairs) -> Tensor:
