@@ -174,9 +174,10 @@ class GCLLoss(nn.Module):
     """`gcl_loss` of ranking scores: `forward(lhs, rhs, scores, logit_scale)` with `w = score_to_weight(scores)`.
 
     Args:
-        score_to_weight: name or callable, as in `gcl_kernels.score_to_weight`, which also explains the next three.
+        score_to_weight: name or callable, as in `gcl_kernels.score_to_weight`, which also explains the next four.
         s_max: the highest score.
         knots: of `"piecewise"`.
+        score_range: (lowest, highest) of scores in another unit, as (0, 1) for similarities.
         normalize: `"mean"` divides by the mean weight: of the batch, with a process group of all ranks' batches.
         lhs_field_weights: as in `gcl_loss`, like everything below.
         rhs_field_weights: as in `gcl_loss`.
@@ -201,6 +202,7 @@ class GCLLoss(nn.Module):
         score_to_weight: ScoreToWeightName | ScoreToWeight = "log",
         *,
         s_max: float = 100.0,
+        score_range: tuple[float, float] | None = None,
         knots: Knots | None = None,
         normalize: WeightNormalization | None = None,
         lhs_field_weights: FieldWeights = None,
@@ -217,7 +219,9 @@ class GCLLoss(nn.Module):
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
-        self.weights_of = _by_name(score_to_weight, s_max=s_max, knots=knots, normalize=normalize)
+        self.weights_of = _by_name(
+            score_to_weight, s_max=s_max, knots=knots, normalize=normalize, score_range=score_range
+        )
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
         _false_negatives(false_negative_margin, false_negative_ratio)
         check_process_group(process_group)
@@ -250,6 +254,10 @@ class GCLLoss(nn.Module):
     @property
     def s_max(self) -> float:
         return self.weights_of.s_max
+
+    @property
+    def score_range(self) -> tuple[float, float] | None:
+        return self.weights_of.score_range
 
     @property
     def knots(self) -> Knots | None:

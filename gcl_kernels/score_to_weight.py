@@ -23,6 +23,7 @@ def score_to_weight(
     s_max: float = 100.0,
     knots: Knots | None = None,
     normalize: WeightNormalization | None = None,
+    score_range: tuple[float, float] | None = None,
 ) -> WeightsOfScores:
     """A function `weights_of(scores, labelled=None)` from scores (N,) or (N, P) to weights of the same shape.
 
@@ -41,16 +42,23 @@ def score_to_weight(
     Args:
         function: one of the names, or any callable from scores to weights, used as given.
         s_max: the highest score; the GCL paper ranks from 1 (last) to 100 (first).
-        knots: for `"piecewise"`: (score, weight) pairs with increasing scores from <= 1 to >= s_max and weights >= 0.
+        knots: for `"piecewise"`: (score, weight) pairs with increasing scores from <= 1 to >= s_max (the ends of `score_range`,
+            if given) and weights >= 0.
         normalize: `"mean"` divides by the batch's mean weight, so that the learning rate keeps its meaning whatever the
             function; None (default) leaves the weights as they are.
+        score_range: (lowest, highest) of scores in another unit, such as (0, 1) for similarities and (0, 3) for grades: a
+            score s becomes `1 + (s_max - 1) (s - lowest) / (highest - lowest)` before the function sees it. The knots of
+            `"piecewise"` stay in the scores' own unit. None (default): scores are in [1, s_max] already.
 
     Raises (when called, on CPU tensors; elsewhere with `GCL_KERNELS_DEBUG=1`):
-        ValueError: a score that is NaN or outside [1, s_max]. `constant` and callables take any score.
+        ValueError: a score that is NaN or outside [1, s_max], or outside `score_range`. `constant` and callables take any score,
+            as it is.
 
     Source: the inverse square root is the best function of the GCL paper (arXiv 2404.08535).
     """
-    return WeightsOfScores(function, s_max, None if knots is None else tuple((x, y) for x, y in knots), normalize)
+    knots = None if knots is None else tuple((x, y) for x, y in knots)
+    score_range = None if score_range is None else _as_range(score_range)
+    return WeightsOfScores(function, s_max, knots, normalize, score_range)
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,6 +69,7 @@ class WeightsOfScores:
     s_max: float = 100.0
     knots: tuple[tuple[float, float], ...] | None = None
     normalize: WeightNormalization | None = None
+    score_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.s_max, (int, float)) or not (math.isfinite(self.s_max) and self.s_max >= 1):
@@ -75,7 +84,11 @@ class WeightsOfScores:
                 f"knots: expected with 'piecewise' and only there, got {self.knots!r} with {self.function!r}"
             )
         if self.knots is not None:
-            _check_knots(self.knots, self.s_max)
+            _check_knots(self.knots, *self._range)
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        return (1.0, self.s_max) if self.score_range is None else self.score_range
 
     def __call__(self, scores: Tensor, labelled: Tensor | None = None) -> Tensor:
         weights = self.not_normalized(scores, labelled)
@@ -91,16 +104,24 @@ class WeightsOfScores:
             raise TypeError(f"scores: expected a torch.Tensor, got {type(scores).__name__}")
         scores = scores if scores.dtype == torch.float64 else scores.to(torch.float32)
         if labelled is not None:
-            scores = torch.where(labelled, scores, 1.0)  # a score every function takes
-        if not callable(self.function) and self.function != "constant" and may_read(scores):
-            bad = ~((scores >= 1) & (scores <= self.s_max))
-            if bool(bad.any()):
-                raise ValueError(
-                    f"scores: expected numbers in [1, {self.s_max:g}] for {self.function!r}, got "
-                    f"{scores[bad][0].item():g} ({int(bad.sum())} such)"
-                )
+            scores = torch.where(labelled, scores, self._range[0])  # a score every function takes
+        if not callable(self.function) and self.function != "constant":
+            low, high = self._range
+            if may_read(scores):
+                bad = ~((scores >= low) & (scores <= high))
+                if bool(bad.any()):
+                    raise ValueError(
+                        f"scores: expected numbers in [{low:g}, {high:g}] for {self.function!r}, got "
+                        f"{scores[bad][0].item():g} ({int(bad.sum())} such)" + self._hint
+                    )
+            if self.score_range is not None and self.function != "piecewise":
+                scores = 1 + (scores - low) * ((self.s_max - 1) / (high - low))
         weights = self._apply(scores)
         return weights if labelled is None else torch.where(labelled, weights, 0.0)
+
+    @property
+    def _hint(self) -> str:
+        return "" if self.score_range is not None else ". Scores in another unit need score_range=(lowest, highest)"
 
     def _apply(self, s: Tensor) -> Tensor:
         if callable(self.function):
@@ -124,13 +145,23 @@ class WeightsOfScores:
         return f"score_to_weight({', '.join([repr(self.function), *shown])})"
 
 
-def _check_knots(knots: Knots, s_max: float) -> None:
+def _as_range(given: object) -> tuple[float, float]:
+    try:
+        low, high = (float(x) for x in given)  # pyright: ignore[reportGeneralTypeIssues]  # what is no pair is refused here
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"score_range: expected two finite numbers, the lowest score before the highest, got {given!r}")
+    return low, high
+
+
+def _check_knots(knots: Knots, low: float, high: float) -> None:
     xs, ys = [float(x) for x, _ in knots], [float(y) for _, y in knots]
     increasing = all(a < b for a, b in itertools.pairwise(xs))
-    if len(xs) < 2 or not increasing or xs[0] > 1 or xs[-1] < s_max or not all(0 <= y < math.inf for y in ys):
+    if len(xs) < 2 or not increasing or xs[0] > low or xs[-1] < high or not all(0 <= y < math.inf for y in ys):
         raise ValueError(
-            f"knots: expected two or more (score, weight) pairs, scores increasing from <= 1 to >= {s_max:g}, weights >= 0, "
-            f"got {list(knots)}"
+            f"knots: expected two or more (score, weight) pairs, scores increasing from <= {low:g} to >= {high:g}, "
+            f"weights >= 0, got {list(knots)}"
         )
 
 

@@ -121,7 +121,8 @@ def test_repr_is_the_call(shown, expected):
 
 # Name of an option, and a value other than the default.
 OPTIONS = {
-    "score_to_weight": "inverse", "s_max": 5.0, "knots": None, "normalize": "mean", "lhs_field_weights": [1.0],
+    "score_to_weight": "inverse", "s_max": 5.0, "score_range": (0.0, 5.0), "knots": None, "normalize": "mean",
+    "lhs_field_weights": [1.0],
     "rhs_field_weights": {"title": 1.0}, "field_mode": "pairwise", "directions": "rhs_to_lhs", "reduction": "none",
     "label_smoothing": 0.5, "z_loss": 0.25, "false_negative_margin": 0.1,
     "false_negative_ratio": 0.9, "process_group": "world", "transport": "ring", "backend": "torch",
@@ -142,9 +143,9 @@ def test_the_loss_is_the_functions_with_the_same_options():
     of_function = set(inspect.signature(gcl_loss).parameters) & set(OPTIONS)
     options = {name: OPTIONS[name] for name in of_function}
     actual = GCLLoss(**OPTIONS)({"a": X}, {"title": Y}, SCORES.clamp(max=5), 2.0)
-    weights = score_to_weight("inverse", s_max=5.0, normalize="mean")(SCORES.clamp(max=5))
+    weights = score_to_weight("inverse", s_max=5.0, normalize="mean", score_range=(0, 5))(SCORES.clamp(max=5))
     torch.testing.assert_close(actual, gcl_loss({"a": X}, {"title": Y}, 2.0, weights=weights, **options))
-    assert of_function == set(OPTIONS) - {"score_to_weight", "s_max", "knots", "normalize"}
+    assert of_function == set(OPTIONS) - {"score_to_weight", "s_max", "score_range", "knots", "normalize"}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,7 @@ def test_the_loss_is_the_functions_with_the_same_options():
     [
         (ValueError, r"score_to_weight: expected one of 'constant', .*, got 'lgo'", {"score_to_weight": "lgo"}),
         (ValueError, r"s_max: expected a finite number >= 1, got 0", {"s_max": 0}),
+        (ValueError, r"score_range: expected two finite numbers, .*, got \(1, 0\)", {"score_range": (1, 0)}),
         (ValueError, r"directions: expected one of 'both', .*, got 'bth'", {"directions": "bth"}),
         (ValueError, r"reduction: expected one of 'mean', .*, got 'max'", {"reduction": "max"}),
         (ValueError, r"field_mode: expected one of 'aggregate', .*, got 'all'", {"field_mode": "all"}),
