@@ -151,7 +151,9 @@ def _as_range(given: object) -> tuple[float, float]:
     except (TypeError, ValueError):
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"score_range: expected two finite numbers, the lowest score before the highest, got {given!r}")
+        raise ValueError(
+            f"score_range: expected two finite numbers, the lowest score before the highest, got {given!r}"
+        )
     return low, high
 
 
