@@ -11,6 +11,9 @@ MOST_POSITIONAL = 8
 LAUNCHED = {"forward_tile", "backward_tile", "aggregate_forward", "aggregate_backward"}
 LAUNCHED |= {"finish_lines", "pack_lines", "inner_products"}
 
+# Signatures of another library, which a drop-in repeats.
+DROP_INS = {"gcl_kernels/integrations/open_clip/losses.py"}
+
 
 def sources(*folders):
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -28,6 +31,8 @@ def test_no_file_is_long():
 def test_no_function_takes_many_positional_arguments():
     found = []
     for path in sources("gcl_kernels", "reference"):
+        if path.relative_to(ROOT).as_posix() in DROP_INS:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name not in LAUNCHED:
                 count = len(node.args.posonlyargs) + len(node.args.args)

@@ -1,9 +1,4 @@
-"""The one place that imports open_clip and makes its models.
-
-PyPI's torchvision carries C++ operators linked against CUDA, so beside a CPU-only torch they are never loaded, and the
-import stops at the first Python wrapper of an operator that nobody declared. Declaring the schemas is enough: open_clip
-calls none of these operators.
-"""
+"""The one place where training imports open_clip and makes its models."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import difflib
 import functools
 import importlib.util
 import json
-import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,44 +14,18 @@ from typing import Any
 
 import torch
 
+from gcl_kernels.integrations.open_clip import importing
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.pretrained import expect_weights, faults_in_one_line
 
 TINY_MODEL = "ViT-Tiny-8-32px"
 """The small model of the demo: 32-px images, patch 8, vision 4 x 128, text 2 x 128, context 16; 7.6 M parameters."""
 
-_UNDECLARED_OPERATOR = "operator torchvision::nms does not exist"
-_OPERATOR_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-# The declarations last as long as this object lives.
-_declared: list[torch.library.Library] = []
-
-
-def _import_torchvision() -> None:
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if _UNDECLARED_OPERATOR not in str(error):
-            raise
-        # Only now: declaring the operators beside a torchvision that loads its own aborts the process.
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in _OPERATOR_SCHEMAS:
-            library.define(schema)
-        _declared.append(library)
-        # The import that failed left half-made modules behind, and they would be found instead of the real ones.
-        for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
-            del sys.modules[name]
-        import torchvision  # noqa: F401
-
 
 @functools.cache
 def import_open_clip() -> ModuleType:
     """Import open_clip, on CPU-only torch too, and register the model configuration of this package."""
-    _import_torchvision()
-    import open_clip
-
+    open_clip = importing.import_open_clip()
     open_clip.add_model_config(Path(__file__).with_name(f"{TINY_MODEL}.json"))
     return open_clip
 

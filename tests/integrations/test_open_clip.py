@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import gcl_kernels
 import gcl_kernels.integrations.open_clip as integration
+from gcl_kernels.integrations.open_clip import importing
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
 from tests.counting import LargestTensor
 
@@ -153,6 +155,26 @@ def test_captions_are_open_clips():
     for theirs, ours in zip(results[:2], results[2:], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, check_dtype=False)
+
+
+def test_nothing_is_declared_beside_a_torchvision_that_loads(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setattr(importing, "_declared", [])
+    importing.import_torchvision()
+    assert importing._declared == []
+
+
+def test_another_fault_of_torchvision_is_not_hidden(monkeypatch):
+    def broken(name, *args, **kwargs):
+        raise RuntimeError("another fault")
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError):
+        importing.import_torchvision()
+    monkeypatch.delitem(sys.modules, "torchvision")
+    monkeypatch.setattr("builtins.__import__", broken)
+    with pytest.raises(RuntimeError, match="another fault"):
+        importing.import_torchvision()
 
 
 def picture_files(folder, n):

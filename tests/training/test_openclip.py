@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -150,23 +149,3 @@ def test_what_is_frozen_stays_in_evaluation_mode():
         assert not any(module.training for module in some.modules())
     copied["locked"].eval().train()
     assert copied["locked"].train() is copied["locked"]
-
-
-def test_nothing_is_declared_beside_a_torchvision_that_loads(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    monkeypatch.setattr(openclip, "_declared", [])
-    openclip._import_torchvision()
-    assert openclip._declared == []
-
-
-def test_another_fault_of_torchvision_is_not_hidden(monkeypatch):
-    def broken(name, *args, **kwargs):
-        raise RuntimeError("another fault")
-
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ImportError):
-        openclip._import_torchvision()
-    monkeypatch.delitem(sys.modules, "torchvision")
-    monkeypatch.setattr("builtins.__import__", broken)
-    with pytest.raises(RuntimeError, match="another fault"):
-        openclip._import_torchvision()

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...clip import ClipLoss
 from ...siglip import SigLipLoss
+from .importing import import_open_clip
 from .losses import CoCaLoss, DistillClipLoss
 
 __all__ = ["CoCaLoss", "DistillClipLoss", "apply", "undo"]
@@ -73,16 +74,7 @@ def undo() -> list[str]:
 
 
 def _modules_of_open_clip() -> list[Any]:
-    try:
-        from ...training.openclip import import_open_clip
-
-        import_open_clip()
-    except ModuleNotFoundError as error:
-        if error.name != "open_clip":
-            raise
-        raise ImportError(
-            "open_clip: expected the package open_clip_torch >= 3.0, got none: pip install open_clip_torch"
-        ) from None
+    import_open_clip()
     import open_clip.factory
     import open_clip.loss  # noqa: F401
 

@@ -12,6 +12,8 @@ from ...clip import ClipLoss, check_default_group, check_features
 from ...lse import pairwise_logsumexp
 from ...pairs import Pairs
 
+Sides = tuple[Tensor, Tensor]  # images, texts
+
 FUSED_WIDTH = 8  # PyTorch's fused attention takes widths that this divides
 
 
@@ -108,11 +110,11 @@ class DistillClipLoss(ClipLoss):
             dist_logit_scale: the teacher's.
             output_dict: True returns `{"contrastive_loss": ..., "distill_loss": ...}`.
         """
-        teacher: tuple[Tensor, ...] = dist_image_features.detach(), dist_text_features.detach()
+        teacher: Sides = dist_image_features.detach(), dist_text_features.detach()
         teacher_scale = dist_logit_scale.detach() if isinstance(dist_logit_scale, Tensor) else dist_logit_scale
         check_features(image_features, text_features)
         check_features(*teacher)
-        mine: tuple[Tensor, ...] = image_features, text_features
+        mine: Sides = image_features, text_features
         everyones, labels, share = mine, None, 1.0
         if self.world_size > 1:
             mine, teacher, everyones, everyones_teacher, labels, share = self._over_ranks(mine, teacher, logit_scale)
@@ -137,7 +139,9 @@ class DistillClipLoss(ClipLoss):
         distill = share * (sums / 2 - logit_scale * (expected[0] + expected[1]) / 2).mean().to(dtype)
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
-    def _over_ranks(self, mine: tuple[Tensor, ...], teacher: tuple[Tensor, ...], logit_scale: Tensor | float) -> tuple:
+    def _over_ranks(
+        self, mine: Sides, teacher: Sides, logit_scale: Tensor | float
+    ) -> tuple[Sides, Sides, Sides, Sides, Tensor | None, float]:
         """(rows whose loss this rank computes, their teacher, all rows, their teacher, labels, factor of the mean)."""
         group = torch.distributed.group.WORLD
         with distributed.shared_failure(group):
@@ -147,15 +151,19 @@ class DistillClipLoss(ClipLoss):
         alike = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad, "teacher's width": theirs.d}
         ranks = distributed.agree(group, "all_gather", pairs, logit_scale, alike)
         # others' features have a gradient only under `gather_with_grad`, as in open_clip
-        given = mine if self.gather_with_grad else tuple(x.detach() for x in mine)
-        everyones = tuple(ranks.all_columns(x, "features") for x in given)
-        everyones_teacher = tuple(ranks.all_columns(x, "the teacher's features") for x in teacher)
+        given = mine if self.gather_with_grad else (mine[0].detach(), mine[1].detach())
+        everyones = ranks.all_columns(given[0], "features"), ranks.all_columns(given[1], "features")
+        everyones_teacher = ranks.all_columns(teacher[0], "features"), ranks.all_columns(teacher[1], "features")
         first, end = ranks.first_column, ranks.first_column + pairs.n
         if self.local_loss:
             labels = torch.arange(first, end, device=mine[0].device)
             return mine, teacher, everyones, everyones_teacher, labels, ranks.world * pairs.n / ranks.n
         if not self.gather_with_grad:
-            everyones = tuple(torch.cat([x[:first], own, x[end:]]) for x, own in zip(everyones, mine, strict=True))
+            images, texts = everyones
+            everyones = (
+                torch.cat([images[:first], mine[0], images[end:]]),
+                torch.cat([texts[:first], mine[1], texts[end:]]),
+            )
         return everyones, everyones_teacher, everyones, everyones_teacher, None, 1.0
 
 
