@@ -127,8 +127,8 @@ class _Gather(torch.autograd.Function):
 @outside_compiled_graphs
 def total(x: Tensor, group: Any) -> Tensor:
     """The sum over ranks of x, alike in shape on all; in rank order, differentiable, every rank's use of it counted."""
-    # An all_reduce would move 2 x instead of (world - 1) x, but its order of summation depends on the backend and its algorithm, and
-    # may differ between ranks. What is summed here is small: a scalar or one vector of D numbers.
+    # An all_reduce would move 2 x instead of (world - 1) x, but in which order it adds depends on the backend and its algorithm,
+    # and may differ between ranks. What is summed here is small: a scalar or one vector of D numbers.
     return all_rows(x[None], (1,) * dist.get_world_size(group), group, "a sum over ranks").sum(dim=0)
 
 
