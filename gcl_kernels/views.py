@@ -150,6 +150,8 @@ def _others_of_class(x: Tensor, classes: Tensor, ranks: distributed.Ranks | None
     """(N, D) the sum of the other rows of each row's class, over all ranks, and (N,) how many these are."""
     mine, rows, labels = slice(None), x, classes
     if ranks is not None:
+        if isinstance(ranks, distributed.GraphRanks):
+            ranks = ranks.known()
         mine, labels = ranks.columns(ranks.rank), ranks.all_columns(classes, "classes")
         rows = ranks.all_columns(x, "features")
     ordered, order = labels.sort(stable=True)

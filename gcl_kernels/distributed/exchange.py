@@ -132,12 +132,6 @@ def total(x: Tensor, group: Any) -> Tensor:
     return all_rows(x[None], (1,) * dist.get_world_size(group), group, "a sum over ranks").sum(dim=0)
 
 
-def sum_values(x: Tensor, factor: float, group: Any) -> Tensor:
-    """The sum over ranks of x; its gradient, which is alike on all ranks, goes back to each rank's x times `factor`."""
-    value = total(x.detach(), group)
-    return value + factor * (x - x.detach())
-
-
 def sum_gradients(x: Tensor, factor: float, group: Any) -> Tensor:
     """x; its gradient is `factor` times the sum over ranks of theirs."""
     return _SumGradients.apply(x, factor, group)  # pyright: ignore[reportReturnType]
