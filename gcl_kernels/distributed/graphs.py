@@ -28,9 +28,8 @@ SEPARATOR = "\x1f"
 
 
 def group_named(name: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(name)
+    c10d: Any = torch.distributed.distributed_c10d
+    return c10d._resolve_process_group(name)
 
 
 @dataclass(frozen=True)

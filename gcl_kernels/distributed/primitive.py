@@ -82,12 +82,14 @@ def gradients_of(
 ) -> Gradients:
     """Of this rank's rows and columns, from `gathered` pairs and its own lines and their gradients."""
     (row, col, positive), (g_row, g_col, g_positive) = lines, upstream
+    assert positive is not None
     backward = backends.load(backend).backward
     g_row, row = (g_row, row) if want.row else (None, None)
     if want.col:
         # Whether this rank's loss uses its col or not, the others' rows need to know.
-        lines = torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
-        col, g_col = gather(lines, ranks.cols, ranks.group, "the all-gather of col and its gradient").unbind(1)
+        assert col is not None
+        own = torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
+        col, g_col = gather(own, ranks.cols, ranks.group, "the all-gather of col and its gradient").unbind(1)
 
     wide = torch.promote_types(pairs.lhs.dtype, torch.float32)  # of parts, which are rounded once they are added up
     dlhs = drhs = None
@@ -96,8 +98,8 @@ def gradients_of(
     for owner, cols, block in blocks(pairs, ranks):
         part = backward(
             block,
-            Lines(row, col[cols] if want.col else None, positive),
-            Lines(g_row, g_col[cols] if want.col else None, g_positive),
+            Lines(row, None if col is None or not want.col else col[cols], positive),
+            Lines(g_row, None if g_col is None or not want.col else g_col[cols], g_positive),
             need,
             joined=want.joined,
             dtype=wide,
