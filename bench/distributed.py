@@ -1,23 +1,23 @@
 """What a contrastive loss over many ranks costs each of them: FLOPs, bytes sent, memory.
 
-`python -m bench.distributed` counts on gloo groups of 2 to 4 processes here, models up to 1,024 GPUs at a batch of 4M, writes
-`bench/results/distributed.json` and `.txt` and draws `distributed.png`; `--figure` does all but measure.
+`python -m bench.distributed` counts on gloo groups of 2 to 4 processes here, models up to 1,024 GPUs (`distributed_model`),
+writes `bench/results/distributed.json` and `.txt` and draws `distributed.png`; `--figure` does all but measure.
 
 Counted, not timed: matrix products by a dispatch mode; bytes at the calls of torch.distributed (a gathering sends each rank's
-part world - 1 times, as its ring algorithm does); peak resident memory over the inputs, each rank a fresh process. The model's
-rates are assumptions, printed with it: no GPU has run this. inf-cl runs on CUDA only: its rows are modelled, by the source of
-version 1.2.1 (`ring.py`, `flash.py`), not measured.
+part world - 1 times, as its ring algorithm does); messages, likewise; peak resident memory over the inputs, each rank a fresh
+process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from bench.cases import Case, build
+from bench.distributed_model import (
+    MODEL_D,
+    MODEL_N,
+    MODEL_WORLDS,
+    MODELLED,
+    PUBLISHED,
+    RATES,
+    RING,
+    SIGMOID_GATHER,
+    SIGMOID_RING,
+    beside_published,
+    model,
+)
 from bench.measure import FREED_IS_FREED, machine
-from gcl_kernels import ClipLoss, __version__, gcl_loss
+from gcl_kernels import ClipLoss, SigLipLoss, __version__, gcl_loss
 from gcl_kernels.training.files import write_json_atomically
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 from gcl_kernels.training.openclip import import_open_clip
@@ -39,20 +52,16 @@ RESULTS = Path(__file__).parent / "results"
 N, D = 3072, 256
 WORLDS = (2, 3, 4)
 
-# The model: bfloat16 embeddings, batch 4M.
-MODEL_N, MODEL_D = 4 * 2**20, 768
-# A second and GPU: 40% of an H100's dense bfloat16 peak, to hold for the loss's products; TF32 half of it.
-MODEL_FLOPS = 400e12
-MODEL_BANDWIDTH = 50e9  # bytes a second sent by each GPU: a 400 Gb/s link each
-ROWS_THAT_HIDE = MODEL_FLOPS / MODEL_BANDWIDTH  # 2 r² D FLOPs of a step take as long as sending r D numbers of 2 bytes
-MODEL_WORLDS = tuple(2**k for k in range(3, 11))
-RING, INF_CL = "process_group, ring", "inf-cl, ring (from its source)"
-
 
 def ours(transport: Transport) -> Callable[..., Any]:
     return lambda rank, world: (
         lambda x, y, scale: gcl_loss(x, y, scale, process_group=dist.group.WORLD, transport=transport)
     )
+
+
+def sigmoid(rank: int, world: int, dist_impl: str) -> Callable[..., Any]:
+    loss = SigLipLoss(rank=rank, world_size=world, dist_impl=dist_impl)
+    return lambda x, y, scale: loss(x, y, scale, -10.0)
 
 
 def open_clip(**flags: bool) -> Callable[..., Any]:
@@ -62,6 +71,8 @@ def open_clip(**flags: bool) -> Callable[..., Any]:
 METHODS: dict[str, Callable[..., Any]] = {
     "process_group, all_gather": ours("all_gather"),
     RING: ours("ring"),
+    SIGMOID_GATHER: lambda rank, world: sigmoid(rank, world, "gather"),
+    SIGMOID_RING: lambda rank, world: sigmoid(rank, world, "bidir"),
     "our ClipLoss, default": lambda rank, world: ClipLoss(rank=rank, world_size=world),
     "open_clip, default": open_clip(),
     "open_clip, local_loss + gather_with_grad": open_clip(local_loss=True, gather_with_grad=True),
@@ -83,33 +94,56 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_bytes() -> dict[str, int]:
-    """Replaces the calls of torch.distributed that send; the result fills as they are made."""
-    sent: dict[str, int] = {}
+@contextlib.contextmanager
+def counted_sends(group: Any = None) -> Iterator[dict[str, dict[str, int]]]:
+    """While inside, {call of torch.distributed: {bytes, messages} this rank sends}, filled as the calls are made.
 
-    def counted(name: str, size: Callable[..., int]) -> None:
-        call = getattr(dist, name, None)
-        if call is None:
-            return
+    A gathering is W - 1 messages of the rank's part, an exchange one to each other rank, a send one.
+    """
+    sent: dict[str, dict[str, int]] = {}
+    others, rank = dist.get_world_size(group) - 1, dist.get_rank(group)
 
+    def gathered(got: Any, x: Tensor, *_: Any, **__: Any) -> tuple[int, int]:
+        return others * x.nbytes, others
+
+    def exchanged(got: Tensor, x: Tensor, to: Any, splits: list[int], **_: Any) -> tuple[int, int]:
+        return (sum(splits) - splits[rank]) * x.element_size(), others
+
+    def passed(ops: Any) -> tuple[int, int]:
+        sends = [op.tensor.nbytes for op in ops if op.op is dist.isend]
+        return sum(sends), len(sends)
+
+    def scattered(x: Tensor, parts: Any = None, src: int = 0, **_: Any) -> tuple[int, int]:
+        return (others * x.nbytes, others) if src == rank else (0, 0)
+
+    sizes = {
+        "all_gather_single": gathered,
+        "all_gather_into_tensor": gathered,
+        "all_gather": gathered,
+        "all_to_all_single": exchanged,
+        "batch_isend_irecv": passed,
+        "scatter": scattered,
+    }
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
-        def run(*args, **kwargs):
-            sent[name] = sent.get(name, 0) + size(*args, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            size, messages = sizes[name](*args, **kwargs)
+            of_call = sent.setdefault(name, {"bytes": 0, "messages": 0})
+            of_call["bytes"] += size
+            of_call["messages"] += messages
             return call(*args, **kwargs)
 
-        setattr(dist, name, run)
+        return run
 
-    others = dist.get_world_size() - 1
-    for name in ("all_gather_single", "all_gather_into_tensor"):
-        counted(name, lambda got, x, **_: others * x.nbytes)
-    counted("all_gather", lambda got, x, *_, **__: others * x.nbytes)
-    counted(
-        "all_to_all_single",
-        lambda got, x, to, splits, **_: (sum(splits) - splits[dist.get_rank()]) * x.element_size(),
-    )
-    counted("batch_isend_irecv", lambda ops: sum(op.tensor.nbytes for op in ops if op.op is dist.isend))
-    counted("scatter", lambda x, parts=None, src=0, **_: others * x.nbytes if src == dist.get_rank() else 0)
-    return sent
+    calls = {name: getattr(dist, name) for name in sizes if hasattr(dist, name)}
+    for name, call in calls.items():
+        setattr(dist, name, counting(name, call))
+    try:
+        yield sent
+    finally:
+        for name, call in calls.items():
+            setattr(dist, name, call)
 
 
 def measured_on_rank(rank: int, world: int, path: str, method: str, results: Any) -> None:
@@ -123,14 +157,15 @@ def measured_on_rank(rank: int, world: int, path: str, method: str, results: Any
         return [x.detach()[rows].clone().requires_grad_(), y.detach()[rows].clone().requires_grad_(), scale]
 
     loss(*part(24 * world)).backward()  # libraries and connections are there
-    inputs, sent = part(N), count_bytes()
+    inputs = part(N)
     dist.barrier()
     before = resident_memory()
     reset_peak_resident_memory()
-    with Products() as products:
+    with Products() as products, counted_sends() as sent:
         loss(*inputs).backward()
     extra = (peak_resident_memory() - before) / 2**20
-    results.put({"flops": products.flops, "sent_bytes": sum(sent.values()), "calls": sent, "extra_mib": extra})
+    totals = {f"sent_{what}": sum(call[what] for call in sent.values()) for what in ("bytes", "messages")}
+    results.put({"flops": products.flops, **totals, "calls": sent, "extra_mib": extra})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -152,100 +187,60 @@ def measure(method: str, world: int) -> dict:
             if process.exitcode:
                 raise RuntimeError(f"{method}: expected exit 0 of every rank, got {process.exitcode}")
         got = [results.get() for _ in ranks]
-    largest: dict[str, Any] = {key: max(r[key] for r in got) for key in ("flops", "sent_bytes", "extra_mib")}
+    figures = ("flops", "sent_bytes", "sent_messages", "extra_mib")
+    largest: dict[str, Any] = {key: max(r[key] for r in got) for key in figures}
     return {"method": method, "world": world, "n": N, "d": D, **largest, "calls": got[0]["calls"]}
 
 
-# ---- the model
-
-
-def model(method: str, world: int) -> dict:
-    """FLOPs and bytes of one rank by formula, and seconds at the assumed rates."""
-    n, d = MODEL_N, MODEL_D
-    plane, side = n * n * d, n * d * (world - 1) / world
-    own = n * d / world  # numbers a rank holds of a side; what goes round the ring home again is sent once more
-    # (FLOPs forward, backward), (bytes forward, backward), overlapped, bytes of memory
-    forms = {
-        # rhs in 2 bytes, its gradient's parts in 4; memory: rhs, its gradient, and the others' parts of one's own
-        "process_group, all_gather": ((2 * plane / world, 6 * plane / world), (2 * side, 4 * side), False, 10 * n * d),
-        # rhs twice, its gradient once more round; memory: two blocks of rhs, four of gradients
-        RING: ((2 * plane / world, 6 * plane / world), (2 * side, 6 * side + 4 * own), True, 20 * own),
-        # logits, their softmax and its gradient, twice
-        "open_clip, default": ((2 * plane, 4 * plane), (4 * side, 0), False, 6 * 2 * n * n),
-        "open_clip, local_loss + gather_with_grad": (
-            (4 * plane / world, 8 * plane / world),
-            (4 * side, 4 * side),
-            False,
-            6 * 2 * n * n / world,
-        ),
-        # each direction: a pass of 2, gradients of 4 and 4; everything is cast to float32 first, so that 4 bytes travel: keys
-        # twice, their gradient once more round. Memory: both directions' two sides, four blocks of keys, eight of gradients
-        INF_CL: (
-            (4 * plane / world, 16 * plane / world),
-            (8 * side, 16 * side + 8 * own),
-            True,
-            64 * own,
-        ),
-    }
-    flops, sent, overlapped, memory = forms[method]
-    rate = MODEL_FLOPS / 2 if method == INF_CL else MODEL_FLOPS  # its products are TF32
-    compute, travel = [f / rate for f in flops], [b / MODEL_BANDWIDTH for b in sent]
-    join = max if overlapped else sum
-    return {
-        "method": method,
-        "world": world,
-        "flops": sum(flops),
-        "sent_bytes": sum(sent),
-        "memory_bytes": memory,
-        "compute_s": sum(compute),
-        "communication_s": sum(travel),
-        "seconds": sum(join(pair) for pair in zip(compute, travel, strict=True)),
-    }
-
-
-MODELLED = (
-    "process_group, all_gather",
-    RING,
-    "open_clip, default",
-    "open_clip, local_loss + gather_with_grad",
-    INF_CL,
-)
+# ---- what is written
 
 
 def table(result: dict) -> str:
     lines = [
         f"Counted, largest over ranks: N = {N:,}, D = {D}, float32, forward and backward, gloo",
         "",
-        "| per rank | world | FLOPs, x N²D/world | sent, MB | extra memory, MiB |",
-        "|---|---|---|---|---|",
+        "| per rank | world | FLOPs, x N²D/world | sent, MB | messages | extra memory, MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for r in result["measured"]:
         units, mb = r["flops"] * r["world"] / (N * N * D), r["sent_bytes"] / 1e6
-        lines.append(f"| {r['method']} | {r['world']} | {units:.1f} | {mb:.1f} | {r['extra_mib']:.0f} |")
+        lines.append(
+            f"| {r['method']} | {r['world']} | {units:.1f} | {mb:.1f} | {r['sent_messages']} | {r['extra_mib']:.0f} |"
+        )
     lines += [
         "",
-        f"Model, not measured: N = 4M, D = {MODEL_D}, bfloat16, {MODEL_FLOPS / 1e12:.0f} TFLOP/s and "
-        f"{MODEL_BANDWIDTH / 1e9:.0f} GB/s a GPU; seconds = compute + communication, for a ring the larger of both in each pass; "
-        "inf-cl, which casts to float32, at half the rate (TF32)",
+        f"Model, not measured: N = 4M, D = {MODEL_D}, bfloat16, {RATES.text()}. No GPU has run this. Compute and communication "
+        "add up, except that a ring's sends hide behind the products of the same step; its last block of gradients hides behind "
+        "nothing. inf-cl casts to float32 and computes at half the rate (TF32).",
         "",
-        "| per GPU | GPUs | FLOPs, x N²D/GPUs | sent, GB | memory, GB | compute, s | communication, s | a step, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| per GPU | GPUs | FLOPs, x N²D/GPUs | sent, GB | messages | memory, GB | compute, s | communication, s | a step, s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in result["model"]:
         if r["world"] in (64, 256, 1024):
             lines.append(
                 f"| {r['method']} | {r['world']:,} | {r['flops'] * r['world'] / (MODEL_N**2 * MODEL_D):.0f} | "
-                f"{r['sent_bytes'] / 1e9:.3g} | {r['memory_bytes'] / 1e9:.3g} | {r['compute_s']:.3g} | "
+                f"{r['sent_bytes'] / 1e9:.3g} | {r['messages']:,} | {r['memory_bytes'] / 1e9:.3g} | {r['compute_s']:.3g} | "
                 f"{r['communication_s']:.3g} | {r['seconds']:.3g} |"
             )
+    rows = RATES.rows_that_hide
     lines += [
         "",
-        f"A ring's sends hide behind products while a GPU holds more than rate / bandwidth = {ROWS_THAT_HIDE:,.0f} rows, here up "
-        f"to {MODEL_N / ROWS_THAT_HIDE:.0f} GPUs.",
-        "It sends 8 bytes a number of a side; all_gather sends 6 and hides none. So the ring is faster, and smaller, down to a",
-        f"quarter of those rows ({4 * MODEL_N / ROWS_THAT_HIDE:,.0f} GPUs); all_gather where a GPU holds fewer, or where latency",
-        "counts, which the model does not know: a ring waits for it at each step.",
+        f"A step of a softmax's ring is hidden while a GPU holds more than flops / bandwidth = {rows:,.0f} rows, here up to "
+        f"{MODEL_N / rows:.0f} GPUs.",
+        "The softmax's ring sends 8 bytes a number of a side, the sigmoid's 6, as all_gather does for both. A ring waits for the",
+        "latency of each of its messages, which the model does not know: it counts them.",
+        "",
+        f"Published by others beside the model: {PUBLISHED['from']}.",
+        "",
+        "| GPUs | siglip-kernel, published, ms | our sigmoid's ring, model, ms | all_gather, model, ms | link assumed |",
+        "|---|---|---|---|---|",
     ]
+    for r in result["beside_published"]:
+        lines.append(
+            f"| {r['world']} | {r['published_ms']} | {r['ring_ms']:.1f} | {r['all_gather_ms']:.1f} | {r['link'] or 'none'} |"
+        )
+    lines += ["", PUBLISHED["caution"], "", PUBLISHED["inf-cl"]]
     return "\n".join(lines)
 
 
@@ -255,7 +250,7 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ["#0b6e4f", "#3fa34d", "#b23a48", "#e07a5f", "#5b6c8f"]
+    colours = ["#0b6e4f", "#3fa34d", "#1f78b4", "#7fb7de", "#b23a48", "#e07a5f", "#5b6c8f"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 4.6), layout="constrained")
     shown = [r for r in result["measured"] if r["world"] == WORLDS[-1]]
     places = range(len(shown))
@@ -279,12 +274,12 @@ def draw(result: dict, path: Path) -> None:
         [r["communication_s"] for r in rows],
         ":",
         color="grey",
-        label="the ring's communication",
+        label="the softmax ring's communication",
     )
-    right.axvline(MODEL_N / ROWS_THAT_HIDE, color="grey", lw=0.8, ls="--")
+    right.axvline(MODEL_N / RATES.rows_that_hide, color="grey", lw=0.8, ls="--")
     right.annotate(
-        f"{ROWS_THAT_HIDE:,.0f} rows a GPU\n(rate / bandwidth): \ncommunication \novertakes compute ",
-        (MODEL_N / ROWS_THAT_HIDE, 25),
+        f"{RATES.rows_that_hide:,.0f} rows a GPU\n(rate / bandwidth): \ncommunication \novertakes compute ",
+        (MODEL_N / RATES.rows_that_hide, 25),
         fontsize=8,
         ha="right",
     )
@@ -292,7 +287,7 @@ def draw(result: dict, path: Path) -> None:
         xscale="log",
         yscale="log",
         title=f"Model, not measured: N = 4M, D = {MODEL_D}, bfloat16,\n"
-        f"{MODEL_FLOPS / 1e12:.0f} TFLOP/s and {MODEL_BANDWIDTH / 1e9:.0f} GB/s a GPU",
+        f"{RATES.flops / 1e12:.0f} TFLOP/s and {RATES.bandwidth / 1e9:.0f} GB/s ({RATES.link}) a GPU",
         xlabel="GPUs",
         ylabel="seconds a step (loss alone)",
     )
@@ -320,8 +315,9 @@ def main() -> None:
             "machine": machine(),
             "measured": [measure(method, world) for method, world in tqdm(work, unit="figure")],
         }
-    result["assumed"] = {"n": MODEL_N, "d": MODEL_D, "flops_a_second": MODEL_FLOPS, "bytes_a_second": MODEL_BANDWIDTH}
+    result["assumed"] = {"n": MODEL_N, "d": MODEL_D, **RATES._asdict()}
     result["model"] = [model(method, world) for method in MODELLED for world in MODEL_WORLDS]
+    result["beside_published"] = beside_published()
     write_json_atomically(path, result, indent=1)
     draw(result, RESULTS / "distributed.png")
     (RESULTS / "distributed.txt").write_text(table(result) + "\n")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import distributed
 from .distributed import primitive
-from .distributed.exchange import bring_home
+from .distributed.exchange import bring_home, outside_compiled_graphs
 from .pairs import Pairs
 
 
@@ -30,7 +30,8 @@ class FalseNegatives:
         if self.margin is None and self.ratio is None:
             return pairs
         with torch.no_grad():
-            of_rows, of_cols = largest_positives(pairs, ranks)
+            apart = pairs.labels is not None and isinstance(ranks, distributed.GraphRanks)
+            of_rows, of_cols = (_outside_graph if apart else largest_positives)(pairs, ranks)
             return replace(pairs, lhs_limit=self.limit(of_rows), rhs_limit=self.limit(of_cols))
 
     def limit(self, positive: Tensor) -> Tensor:
@@ -40,6 +41,11 @@ class FalseNegatives:
         if self.ratio is not None:
             limit = torch.minimum(limit, self.ratio * positive)
         return torch.where(positive == -math.inf, math.inf, limit)
+
+
+@outside_compiled_graphs
+def _outside_graph(pairs: Pairs, ranks: distributed.GraphRanks) -> tuple[Tensor, Tensor]:
+    return largest_positives(pairs, ranks.known())
 
 
 def largest_positives(pairs: Pairs, ranks: distributed.Ranks | None) -> tuple[Tensor, Tensor]:

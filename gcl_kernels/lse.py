@@ -74,8 +74,10 @@ def pairwise_logsumexp(
             columns and rows.
             The default label of row i is its rank's column i. `labels` count the columns of all ranks' rhs in rank order
             (`gcl_kernels.distributed.first_column`). Ids are compared across ranks. Every rank must call, and run the
-            backward. Gradients are those of the sum of all ranks' losses. `torch.compile` breaks its graph at the exchanges
-            (`fullgraph=True` is refused).
+            backward. Gradients are those of the sum of all ranks' losses.
+            `torch.compile(fullgraph=True)` takes it: the exchanges, the ranks' agreement first, are operators of the graph. All
+            ranks must compile or none. What is refused while a graph is traced, such as a shape, other ranks learn only without
+            `fullgraph=True`; with it they wait for the group's timeout.
         transport: of rhs: `"all_gather"` (whole on every rank) or `"ring"` (one rank's rows at a time, while they are used).
         backend: `"torch"`, `"triton"` or None. None takes Triton for CUDA and HIP tensors (float64 excepted) where it works,
             and otherwise torch, with one warning that says why.

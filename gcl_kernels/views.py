@@ -150,8 +150,9 @@ def _others_of_class(x: Tensor, classes: Tensor, ranks: distributed.Ranks | None
     """(N, D) the sum of the other rows of each row's class, over all ranks, and (N,) how many these are."""
     mine, rows, labels = slice(None), x, classes
     if ranks is not None:
-        mine, labels = ranks.columns(ranks.rank), ranks.all_columns(classes, "classes")
-        rows = ranks.all_columns(x, "features")
+        known = ranks.known() if isinstance(ranks, distributed.GraphRanks) else ranks
+        mine, labels = known.columns(known.rank), known.all_columns(classes, "classes")
+        rows = known.all_columns(x, "features")
     ordered, order = labels.sort(stable=True)
     changes = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).to(torch.int64)])
     number = torch.empty_like(order).scatter(0, order, changes.cumsum(0))  # of the class of each row, from 0

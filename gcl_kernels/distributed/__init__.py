@@ -8,15 +8,15 @@ The N x M plane is cut by rows, so a rank does 8 N M D / world and nothing twice
 Besides rhs (and, in the backward, its gradient in float32) what travels is O(M) a rank: ids, and each rank's part of col.
 
 `agreement` is the first exchange of every call, `exchange` moves bytes, `primitive` is the softmax's statistics over ranks,
-`pointwise` the sigmoid's sums.
+`pointwise` the sigmoid's sums, `graphs` all of them as operators of a compiled graph.
 """
 
-from .agreement import Ranks, agree, first_column, shared_failure
-from .exchange import all_rows, sum_gradients, sum_values, total
-from .pointwise import softplus
-from .primitive import statistics
+from .agreement import Ranks, first_column, shared_failure
+from .exchange import all_rows
+from .graphs import GraphRanks, agree, softplus, statistics, sum_gradients, sum_values, total
 
 __all__ = [
+    "GraphRanks",
     "Ranks",
     "agree",
     "all_rows",

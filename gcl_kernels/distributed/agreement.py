@@ -102,10 +102,7 @@ def agree(
             **{name: str(value) for name, value in alike.items()},
         },
     }
-    rank, got = dist.get_rank(process_group), _exchange(process_group, mine)
-    for q, other in enumerate(got):
-        if "error" in other:
-            raise ValueError(f"process_group: expected valid arguments on every rank, got on rank {q} {other['error']}")
+    rank, got = dist.get_rank(process_group), _everybodys(process_group, mine)
     first = got[0]
     for q, other in enumerate(got):
         for name in dict.fromkeys((*first["alike"], *other["alike"])):
@@ -144,6 +141,15 @@ def _range(labels: Tensor | None) -> tuple[int, int]:
     return (-1, -1) if labels is None or not may_read(labels) else (int(labels.min()), int(labels.max()))
 
 
+def _everybodys(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's `mine`; where a rank has failed instead, its failure is every rank's error."""
+    got = _exchange(group, mine)
+    for q, other in enumerate(got):
+        if "error" in other:
+            raise ValueError(f"process_group: expected valid arguments on every rank, got on rank {q} {other['error']}")
+    return got
+
+
 def _exchange(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
     """Every rank's `mine`, read on the host: over the group's CPU backend where it has one ("cpu:gloo,cuda:nccl"), else over
     the device, which the host then waits for."""
@@ -162,6 +168,10 @@ def _exchange(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
 
 @outside_compiled_graphs
 def first_column(rhs: Tensor, process_group: Any) -> int:
-    """Where this rank's rows of rhs stand among all ranks' columns: what to add to labels that count its own."""
-    cols = [other["cols"] for other in _exchange(process_group, {"cols": len(rhs)})]
+    """Where this rank's rows of rhs stand among all ranks' columns: what to add to labels that count its own.
+
+    Raises:
+        ValueError: on every rank, if another rank fails at this moment.
+    """
+    cols = [other["cols"] for other in _everybodys(process_group, {"cols": len(rhs)})]
     return sum(cols[: dist.get_rank(process_group)])

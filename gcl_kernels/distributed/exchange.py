@@ -127,13 +127,9 @@ class _Gather(torch.autograd.Function):
 @outside_compiled_graphs
 def total(x: Tensor, group: Any) -> Tensor:
     """The sum over ranks of x, alike in shape on all; in rank order, differentiable, every rank's use of it counted."""
+    # An all_reduce would move 2 x instead of (world - 1) x, but in which order it adds depends on the backend and its algorithm,
+    # and may differ between ranks. What is summed here is small: a scalar or one vector of D numbers.
     return all_rows(x[None], (1,) * dist.get_world_size(group), group, "a sum over ranks").sum(dim=0)
-
-
-def sum_values(x: Tensor, factor: float, group: Any) -> Tensor:
-    """The sum over ranks of x; its gradient, which is alike on all ranks, goes back to each rank's x times `factor`."""
-    value = total(x.detach(), group)
-    return value + factor * (x - x.detach())
 
 
 def sum_gradients(x: Tensor, factor: float, group: Any) -> Tensor:

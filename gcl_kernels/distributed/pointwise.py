@@ -6,7 +6,7 @@ meet every rank's columns once, 6 N M D / world, and a ring passes rhs around on
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..backends.pointwise import PointwiseGradients, PointwiseNeed, PointwiseUps
 from ..pairs import Pairs
 from .agreement import Ranks
 from .exchange import Shift, bring_home, gather, outside_compiled_graphs
-from .primitive import blocks, gathered
+from .primitive import blocks, gathered, labelled
 
 
 @outside_compiled_graphs
@@ -29,10 +29,7 @@ def softplus(
     the factor is, the ranks tell each other in the backward, which reads it on the host; where it is not they make the gradients
     again.
     """
-    if pairs.labels is None:
-        labels = ranks.first_column + torch.arange(pairs.n, device=pairs.lhs.device)[:, None]
-        pairs = replace(pairs, labels=labels)
-    named = dict(pairs.tensors())
+    named = dict(labelled(pairs, ranks).tensors())
     known = None if known_row is None else PointwiseUpstream(known_row.detach(), weights, True)
     if not torch.is_grad_enabled():
         known = None
@@ -62,18 +59,30 @@ class _Softplus(torch.autograd.Function):
         need = needed(dict(zip((*("",) * 4, "logit_bias", *ctx.names), ctx.needs_input_grad, strict=True)))
         if g_row is None:
             g_row = torch.zeros(pairs.n, dtype=torch.float64, device=pairs.lhs.device)
-        gradients, ctx.gradients = ctx.gradients, None  # used once
-        factor = None if ctx.known is None else common_factor(g_row, ctx.known.row, ranks)
-        if factor is None:
-            _, _, gradients = one_round(pairs, bias, PointwiseUpstream(g_row, g_positive), need, ctx.backend, ranks)
-        elif gradients is None:
-            _, _, gradients = one_round(pairs, bias, ctx.known, need, ctx.backend, ranks)
-        assert gradients is not None
-        if factor is not None:
-            gradients = PointwiseGradients(*(None if g is None else g * factor.to(g.dtype) for g in gradients))
+        made, ctx.gradients = ctx.gradients, None  # used once
+        upstream = PointwiseUpstream(g_row, g_positive)
+        gradients = gradients_of(lambda: (pairs, bias), upstream, ctx.known, made, need, ctx.backend, ranks)
         of = {"lhs": gradients.lhs, "rhs": gradients.rhs, "logit_scale": gradients.scale}
         of = {name: None if g is None else g.to(getattr(pairs, name).dtype) for name, g in of.items()}
         return (*[None] * 4, gradients.bias, *(of.get(name) for name in ctx.names))
+
+
+def gradients_of(
+    gathered_pairs: Callable[[], tuple[Pairs, Tensor]],
+    upstream: PointwiseUpstream,
+    known: PointwiseUpstream | None,
+    made: PointwiseGradients | None,
+    need: PointwiseNeed,
+    backend: str,
+    ranks: Ranks,
+) -> PointwiseGradients:
+    """`made` for `known` times the factor where there is one, else made again."""
+    factor = None if known is None else common_factor(upstream.row, known.row, ranks)
+    if factor is None or made is None:
+        _, _, made = one_round(*gathered_pairs(), upstream if factor is None else known, need, backend, ranks)
+    if factor is None:
+        return made
+    return PointwiseGradients(*(None if g is None else g * factor.to(g.dtype) for g in made))
 
 
 def needed(needs: dict[str, bool]) -> PointwiseNeed:

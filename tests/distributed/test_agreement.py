@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from gcl_kernels import GCLLoss, gcl_loss, pairwise_logsumexp
+from gcl_kernels.distributed import first_column
 from gcl_kernels.types import TRANSPORTS
 from tests.distributed.pool import error_of
 
@@ -68,6 +69,22 @@ def scores_on_rank(group):
 def test_a_score_refused_on_one_rank_is_an_error_on_every_rank(pool):
     for text in pool.run(2, scores_on_rank):
         assert "scores: expected numbers in [1, 100] for 'log', got 101" in text
+
+
+def first_column_on_rank(group):
+    """Rank 1 fails in a loss while the others ask where their columns stand; afterwards all can."""
+    mine = (lambda: gcl_loss(x, x[:, :2], 2.0, process_group=group)) if dist.get_rank(group) == 1 else None
+    error = error_of(mine or (lambda: first_column(x, group)))
+    return f"{type(error).__name__}: {error}", first_column(x, group)
+
+
+def test_a_failure_elsewhere_is_shared_with_who_asks_for_the_first_column(pool):
+    shared = (
+        "ValueError: process_group: expected valid arguments on every rank, got on rank 1 ValueError: rhs: expected"
+    )
+    for rank, (error, first) in enumerate(pool.run(3, first_column_on_rank)):
+        assert error.startswith("ValueError: rhs: expected" if rank == 1 else shared)
+        assert first == 4 * rank
 
 
 def test_a_group_is_expected():

@@ -103,7 +103,7 @@ def compiled_on_rank(group):
     return *runs, counter.frame_count
 
 
-def test_what_surrounds_the_exchange_compiles(pool):
+def test_the_exchanges_and_what_surrounds_them_are_one_graph(pool):
     for eager, compiled, graphs in pool.run(2, compiled_on_rank):
-        assert graphs >= 2
+        assert graphs == 1
         torch.testing.assert_close(compiled, eager)
