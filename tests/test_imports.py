@@ -109,7 +109,10 @@ DISTRIBUTED = f"{LIBRARY}.distributed"
         ("gcl_kernels/**/*.py", (f"{LIBRARY}.testing",)),
         # losses -> primitives -> backends, never upwards
         ("gcl_kernels/backends/**/*.py", (*LOSSES, *PRIMITIVES, DISTRIBUTED)),
-        ("gcl_kernels/distributed/*.py", (*LOSSES, *PRIMITIVES)),
+        ("gcl_kernels/distributed/*.py", (*LOSSES, f"{LIBRARY}.lse", f"{LIBRARY}.fields")),
+        # graphs.py alone makes operators, over ranks, of the ones that ops.py makes within a rank
+        ("gcl_kernels/distributed/[!g]*.py", (*PRIMITIVES, f"{LIBRARY}.pointwise_ops")),
+        ("gcl_kernels/*ops.py", (DISTRIBUTED,)),
         ("gcl_kernels/pairs.py", (*LOSSES, *PRIMITIVES, DISTRIBUTED, f"{LIBRARY}.backends", "triton")),
         ("gcl_kernels/lse.py", (*LOSSES, f"{LIBRARY}.fields", "triton")),
         ("gcl_kernels/ops.py", (*LOSSES, f"{LIBRARY}.lse", f"{LIBRARY}.fields", "triton")),
