@@ -66,6 +66,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ids", action="store_true", help="mask false negatives")
     parser.add_argument("--loss", default="softmax", choices=cases.LOSSES)
     parser.add_argument(
+        "--graph", choices=("no", "yes", "both"), default="no", help="steps eager, replayed in a CUDA graph, or both"
+    )
+    parser.add_argument(
         "--peers",
         type=chosen_peers,
         default=tuple(peers.PEERS),
@@ -104,7 +107,10 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
         fields=options.fields,
         ids=[options.ids],
     )
-    return [(replace(case, loss=options.loss), options.peers) for case in found]
+    if options.graph != "no" and options.device != "cuda":
+        raise SystemExit(f"--graph: expected --device cuda, got {options.device}")
+    graphs = {"no": (False,), "yes": (True,), "both": (False, True)}[options.graph]
+    return [(replace(case, loss=options.loss, graph=graph), options.peers) for case in found for graph in graphs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -199,6 +199,17 @@ def siglip_kernel(case: Case) -> Loss:
     return lambda x: loss(x.lhs, x.rhs[0], x.logit_scale.log(), bias)
 
 
+def memeff(case: Case) -> Loss:
+    """Its temperature is a number and takes no gradient. Features are said to be unit vectors, as they are; `stable=False` gives
+    the loss's own gradient, where its default multiplies it by sqrt(N * temperature)."""
+    require(case.directions == "both", "has both directions only")
+    plain_pairs(case)
+    on_gpu(case)
+    module = package("memeff")
+    clip = module.MemoryEfficientCLIPLoss(temperature=1 / case.logit_scale, normalized_inputs=True, stable=False)
+    return lambda x: clip(x.lhs, x.rhs[0])
+
+
 PEERS: dict[str, Callable[[Case], Loss]] = {
     "ours": ours,
     "open_clip": open_clip,
@@ -210,6 +221,7 @@ PEERS: dict[str, Callable[[Case], Loss]] = {
     "liger": liger,
     "inf_cl": inf_cl,
     "sentence_transformers": sentence_transformers,
+    "memeff": memeff,
     "siglip_kernel": siglip_kernel,
 }
 PACKAGES = {
@@ -223,6 +235,7 @@ PACKAGES = {
     "liger": "liger-kernel",
     "inf_cl": "inf-cl",
     "sentence_transformers": "sentence-transformers",
+    "memeff": "memeff",
     "siglip_kernel": "siglip-kernel",
 }
 # Peers whose logits are in memory: copies of N x M alive at their peak, in the logits' dtype.

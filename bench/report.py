@@ -40,12 +40,14 @@ NAMES = {
     "liger": "Liger",
     "inf_cl": "inf-cl",
     "sentence_transformers": "sentence-transformers",
+    "memeff": "memeff",
     "siglip_kernel": "siglip-kernel",
 }
 COLOURS = {
     "ours": "#0b6e4f", "open_clip": "#b23a48", "open_clip_compiled": "#e07a5f", "linear_cross_entropy": "#3d5a80",
     "dense": "#7f7f7f", "linear_cross_entropy_chunked": "#98c1d9",
     "cut_cross_entropy": "#8d6a9f", "liger": "#d4a017", "inf_cl": "#5c5c5c", "sentence_transformers": "#81b29a",
+    "memeff": "#bc6c25", "siglip_kernel": "#606c38",
 }  # fmt: skip
 FLOOR = "6 N²D at the run's GEMM rate (model)"  # the least of an exact loss, with every exponential kept
 
