@@ -135,11 +135,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = [cell["peer"] for cell in result["cells"] if report.case_of(cell) == case]
         if set(names) <= set(known):
             continue
-        rows = measure.cell_rows(case, names, options.turns, error=not options.no_error)
+        failure = None
+        try:
+            rows = measure.cell_rows(case, names, options.turns, error=not options.no_error)
+        except (
+            Exception
+        ) as error:  # the device's context is lost with a peer, and the process with it: the next goes on
+            failure = error
+            rows = [measure.row_of(case, name, f"the process failed: {measure.reason(error)}") for name in names]
         # Ratios are of one run: a case that lacks a peer is measured again as a whole.
         result["cells"] = [cell for cell in result["cells"] if report.case_of(cell) != case] + rows
         if options.json:
             write_json_atomically(options.json, result, indent=1)
+        if failure is not None:
+            raise failure
         tqdm.write(report.table(rows, title=case.title))
         tqdm.write(ceilings.line(rows))
 

@@ -46,7 +46,7 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
     once: dict[str, float] = {}  # seconds of what is measured once
     slowest = 0.0
     for name in peers:
-        row = rows[name] = {**case.as_dict(), "peer": name, "version": version(name), "seconds": None, "reason": None}
+        row = rows[name] = row_of(case, name, None)
         try:
             fits(case, name)
             loss = peer(name)(case)
@@ -72,7 +72,10 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
         except Exception as refusal:  # whatever a peer or its compiler raises is its result, never the end of a run
             row["reason"] = reason(refusal)
             tasks.pop(name, None)
-            release(case)
+            try:
+                release(case)
+            except Exception as lost:
+                raise RuntimeError(f"{name}: {row['reason']}; the device no longer answers") from lost
     times, failures = interleaved({"gemm": product, **tasks}, turns or (31 if slowest < 0.05 else 5))
     per_flop = times.pop("gemm")
     times |= {name: [t] for name, t in once.items()}
@@ -92,6 +95,11 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
         if case.device == "cpu":
             row["extra_mib"] = cpu_extra_mib(case, name)
     return list(rows.values())
+
+
+def row_of(case: Case, name: str, why: str | None) -> dict[str, Any]:
+    """A peer's row before it has a figure."""
+    return {**case.as_dict(), "peer": name, "version": version(name), "seconds": None, "reason": why}
 
 
 def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
@@ -222,6 +230,7 @@ def reason(error: BaseException) -> str:
 def release(case: Case) -> None:
     gc.collect()
     if case.device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

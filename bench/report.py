@@ -141,6 +141,8 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
         "    make bench     # ours beside its peers, 5 minutes on 2 cores; then this page",
         "    make curves    # the scaling curves; a quarter of an hour on 2 cores",
         "    python -m bench --help", "",
+        "On a GPU: `python -m bench.gpu` measures everything in calls of nine minutes; [gpu](gpu/README.md) says what and how.",
+        "",
         "Ours and its peers take turns in one process, with a matrix product between them. A time is the median over turns; a "
         "ratio is the median of each turn's ratio. A step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
         "least work without N x M memory: 8 N M D floating-point operations for both directions, 6 for one, 2 for a forward "

@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.step:
+        if options.dry_run:
+            from bench.gpu import interpreter as _  # noqa: F401
         step = one_pass if options.step == "one_pass" else STEPS[options.step][0]
         step(Context(options.result, options.out, options.dry_run))
         return 0

@@ -92,14 +92,14 @@ def cases(step: str) -> list[Case]:
 def step(name: str) -> Callable[[Context], None]:
     def run(context: Context) -> None:
         wanted = calls(name, context)
+        failed = False
         if run_calls(wanted, context):
             # A peer may take the process or the device's context with it: then each call has a process of its own.
-            for arguments in wanted:
-                run_calls([arguments], context)
+            failed = sum(run_calls([arguments], context) != 0 for arguments in wanted) > 0
         cells = read(context.out / f"{name}.json").get("cells", [])
         measured = [cell for cell in cells if cell["seconds"]]
         context.save({"file": f"{name}.json", "cells": len(cells), "measured": len(measured)} if cells else {})
-        if not measured:
+        if failed or not measured:
             sys.exit(1)
 
     return run

@@ -208,6 +208,7 @@ def chunks(context: Context) -> None:
 def tests(context: Context) -> None:
     where = TEST_OF_DRY_RUNS if context.dry_run else "tests"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", where, "--no-header"]
+    command += ["-p", "bench.gpu.interpreter"] * context.dry_run
     returncode, output = shown(command)
     context.save(
         {"exit": returncode, "last_line": (output.strip().splitlines() or [""])[-1], "passed": returncode == 0}

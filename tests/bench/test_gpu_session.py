@@ -292,6 +292,10 @@ def test_a_process_that_dies_costs_only_its_own_call(tmp_path, monkeypatch):
     cells.step("peers")(context)
     assert ran == [len(cells.TOY_CALLS["peers"]), *[1] * len(cells.TOY_CALLS["peers"])]
     assert json.loads(context.result_path.read_text()) == {"file": "peers.json", "cells": 1, "measured": 1}
+    monkeypatch.setattr(cells, "run_calls", lambda wanted, context: 1)
+    with pytest.raises(SystemExit):  # tried again by the next call
+        cells.step("peers")(context)
+    monkeypatch.setattr(cells, "run_calls", lambda wanted, context: 0)
     (tmp_path / "peers.json").unlink()
     with pytest.raises(SystemExit):
         cells.step("peers")(context)
