@@ -182,6 +182,22 @@ def test_a_wrong_line_shows_in_the_sample(quick):
     assert wrong["rhs"] > 1e-3 > 1e-5 > wrong["lhs"]
 
 
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_open_clip_s_losses_need_no_more_than_torch(quick, loss, monkeypatch):
+    """Beside a torch without torchvision, its file of losses is all that is needed; without the package its cell says so."""
+
+    def fails():
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    monkeypatch.setattr(peers, "import_open_clip", fails)
+    case = cases.Case("cpu", "fp32", 40, 40, 16, logit_scale=10.0, loss=loss)
+    (row,) = measure.cell_rows(case, ["open_clip"], 1, error=True)
+    assert max(row["error"].values()) < 1e-5
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    (row,) = measure.cell_rows(case, ["open_clip"], 1, error=True)
+    assert row["reason"] == "cannot be imported: open_clip is not installed"
+
+
 def test_memeff_s_cell_says_why_it_is_empty(quick):
     softmax, sigmoid = (
         measure.cell_rows(cases.Case("cpu", "fp32", 16, 16, 8, loss=loss), ["memeff"], 1, error=False)
