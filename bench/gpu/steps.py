@@ -16,6 +16,9 @@ from bench.gpu.cells import shown
 from bench.gpu.context import Context, Result, median, timed
 from bench.gpu.tuning import screen, tune
 
+# Where tests for a GPU are: the others may not even import where the training system's packages are absent.
+GPU_TESTS = ("tests/test_gpu.py", "tests/triton")
+
 # One test of those that a GPU runs, in the interpreter: it uses fields, masks, weights and ids, forward and backward.
 TEST_OF_DRY_RUNS = "tests/test_gpu.py::test_same_inputs_same_bits"
 
@@ -206,8 +209,8 @@ def chunks(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    where = TEST_OF_DRY_RUNS if context.dry_run else "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", where, "--no-header"]
+    where = [TEST_OF_DRY_RUNS] if context.dry_run else GPU_TESTS
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *where, "--no-header"]
     command += ["-p", "bench.gpu.interpreter"] * context.dry_run
     returncode, output = shown(command)
     context.save(

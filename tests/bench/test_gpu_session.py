@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -328,6 +329,15 @@ def test_triton_s_interpreter_takes_arrays_of_one_number_as_indices():
     finally:
         theirs._patch_lang_tensor = patch
     assert range(0, 6, original)[1] == 3  # pyright: ignore
+
+
+def test_every_test_for_a_gpu_is_where_the_session_looks():
+    root = Path(__file__).parents[2]
+    marked = [path for path in (root / "tests").rglob("*.py") if "pytest.mark.gpu" in path.read_text()]
+    here = Path(__file__)
+    looked = [root / where for where in gpu_steps.GPU_TESTS]
+    assert len(marked) > 3
+    assert [p for p in marked if p != here and not any(p.is_relative_to(where) for where in looked)] == []
 
 
 def test_a_real_run_needs_a_gpu(monkeypatch):
