@@ -66,6 +66,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ids", action="store_true", help="mask false negatives")
     parser.add_argument("--loss", default="softmax", choices=cases.LOSSES)
     parser.add_argument(
+        "--graph", choices=("no", "yes", "both"), default="no", help="steps eager, replayed in a CUDA graph, or both"
+    )
+    parser.add_argument(
         "--peers",
         type=chosen_peers,
         default=tuple(peers.PEERS),
@@ -104,7 +107,10 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
         fields=options.fields,
         ids=[options.ids],
     )
-    return [(replace(case, loss=options.loss), options.peers) for case in found]
+    if options.graph != "no" and options.device != "cuda":
+        raise SystemExit(f"--graph: expected --device cuda, got {options.device}")
+    graphs = {"no": (False,), "yes": (True,), "both": (False, True)}[options.graph]
+    return [(replace(case, loss=options.loss, graph=graph), options.peers) for case in found for graph in graphs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,11 +135,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = [cell["peer"] for cell in result["cells"] if report.case_of(cell) == case]
         if set(names) <= set(known):
             continue
-        rows = measure.cell_rows(case, names, options.turns, error=not options.no_error)
+        failure = None
+        try:
+            rows = measure.cell_rows(case, names, options.turns, error=not options.no_error)
+        except (
+            Exception
+        ) as error:  # the device's context is lost with a peer, and the process with it: the next goes on
+            failure = error
+            rows = [measure.row_of(case, name, f"the process failed: {measure.reason(error)}") for name in names]
         # Ratios are of one run: a case that lacks a peer is measured again as a whole.
         result["cells"] = [cell for cell in result["cells"] if report.case_of(cell) != case] + rows
         if options.json:
             write_json_atomically(options.json, result, indent=1)
+        if failure is not None:
+            raise failure
         tqdm.write(report.table(rows, title=case.title))
         tqdm.write(ceilings.line(rows))
 

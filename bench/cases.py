@@ -36,6 +36,7 @@ class Case:
     fields: int = 1  # of the right-hand side
     ids: bool = False
     loss: str = "softmax"
+    graph: bool = False  # a step captured once in a CUDA graph and replayed: no host in the time
 
     @property
     def flops(self) -> int:
@@ -52,7 +53,7 @@ class Case:
         extras += [f"{self.passes} only"] if self.passes != "both" else []
         extras += [f"{self.fields} fields"] if self.fields > 1 else []
         extras += [self.loss] if self.loss != "softmax" else []
-        return ", ".join([shape, *extras, *["ids"] * self.ids])
+        return ", ".join([shape, *extras, *["ids"] * self.ids, *["CUDA graph"] * self.graph])
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -72,24 +73,25 @@ class Inputs:
 
 def build(case: Case, seed: int = 0) -> Inputs:
     """Fresh random unit vectors. `isotropic`: pairs are strangers. `clustered`: as a half-trained model gives them: rows in
-    clusters of near ties, positives at cosines from 0.3 to 0.9."""
-    g = torch.Generator().manual_seed(seed)
+    clusters of near ties, positives at cosines from 0.3 to 0.9. Drawn where they are used: a CPU takes a minute for N = 2^20."""
+    where = case.device if case.device == "cuda" else "cpu"
+    g = torch.Generator(where).manual_seed(seed)
     unit = torch.nn.functional.normalize
     n, m, d = case.n, case.m, case.d
 
     def noise(rows: int) -> Tensor:
-        return unit(torch.randn(rows, d, generator=g))
+        return unit(torch.randn(rows, d, generator=g, device=where))
 
     x = noise(n)
     fields = []
     if case.draw == "clustered":
         centres = noise(-(-n // CLUSTER))
-        x = unit(0.7 * centres[torch.arange(n) // CLUSTER] + 0.7 * x)
+        x = unit(0.7 * centres[torch.arange(n, device=where) // CLUSTER] + 0.7 * x)
     for _ in range(case.fields):
         y = noise(m)
         if case.draw == "clustered":
             pairs = min(n, m)
-            cosine = torch.empty(pairs, 1).uniform_(0.3, 0.9, generator=g)
+            cosine = torch.empty(pairs, 1, device=where).uniform_(0.3, 0.9, generator=g)
             apart = unit(y[:pairs] - (y[:pairs] * x[:pairs]).sum(dim=1, keepdim=True) * x[:pairs])
             y[:pairs] = cosine * x[:pairs] + (1 - cosine**2).sqrt() * apart
         fields.append(y)
@@ -101,8 +103,8 @@ def build(case: Case, seed: int = 0) -> Inputs:
     scale = torch.tensor(case.logit_scale, device=case.device, dtype=torch.promote_types(dtype, torch.float32))
     ids = None
     if case.ids:
-        left = torch.randint(max(n // 4, 1), (n,), generator=g)
-        right = torch.cat([left, torch.randint(max(n // 4, 1), (max(m - n, 0),), generator=g)])[:m]
+        left = torch.randint(max(n // 4, 1), (n,), generator=g, device=where)
+        right = torch.cat([left, torch.randint(max(n // 4, 1), (max(m - n, 0),), generator=g, device=where)])[:m]
         ids = left.to(case.device), right.to(case.device)
     return Inputs(leaf(x), [leaf(y) for y in fields], scale.requires_grad_(), ids)
 

@@ -30,24 +30,36 @@ from gcl_kernels.training.memory import peak_resident_memory, reset_peak_residen
 SHORT_SECONDS, BURST = 0.25, 5
 LONG_SECONDS = 20.0  # of a step that is measured once
 GEMM_SECONDS = 0.3
+GEMM_SECONDS_CUDA = 0.02  # its rate needs no longer, and time on a GPU is lent
+REPLAY_SECONDS = 0.01  # of a CUDA graph, at a time
 ERROR_LOGITS = {"cpu": 2**26, "cuda": 2**33}  # the float64 oracle is run up to so many: half a minute
+SAMPLED_LINES = 64  # beyond: the gradients of so many rows and columns
 
 
 def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) -> list[dict[str, Any]]:
     """A row for each peer: times of each turn, rates, ratios, errors, memory; or the reason that there are none."""
     inputs, product = build(case), gemm(case)
     exact = exact_results(case, inputs) if error else None
+    sample = sampled_results(case, inputs) if error and exact is None else None
     rows: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Callable[[], float]] = {}
     once: dict[str, float] = {}  # seconds of what is measured once
     slowest = 0.0
     for name in peers:
-        row = rows[name] = {**case.as_dict(), "peer": name, "version": version(name), "seconds": None, "reason": None}
+        row = rows[name] = row_of(case, name, None)
         try:
             fits(case, name)
             loss = peer(name)(case)
+            if case.graph:
+                captured, results = graph(loss, inputs)
+                if exact is not None:
+                    row["error"] = errors_of(results, exact)
+                tasks[name] = replayed(captured)
+                continue
             if exact is not None:
                 row["error"] = errors(loss, inputs, exact)
+            elif sample is not None:
+                row["error"] = sampled_errors(loss, inputs, sample)
             seconds = step(loss, inputs, case)
             if seconds >= LONG_SECONDS:
                 once[name] = seconds
@@ -60,7 +72,10 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
         except Exception as refusal:  # whatever a peer or its compiler raises is its result, never the end of a run
             row["reason"] = reason(refusal)
             tasks.pop(name, None)
-            release(case)
+            try:
+                release(case)
+            except Exception as lost:
+                raise RuntimeError(f"{name}: {row['reason']}; the device no longer answers") from lost
     times, failures = interleaved({"gemm": product, **tasks}, turns or (31 if slowest < 0.05 else 5))
     per_flop = times.pop("gemm")
     times |= {name: [t] for name, t in once.items()}
@@ -71,6 +86,7 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
         if name not in times:
             continue
         row["seconds"] = times[name]
+        row["min_seconds"] = min(times[name])
         row["tflops"] = case.flops / statistics.median(times[name]) / 1e12
         if name not in once:  # it had no turn beside a product, whose rate changes within seconds
             row["of_gemm"] = case.flops * median_ratio(per_flop, times[name])
@@ -79,6 +95,11 @@ def cell_rows(case: Case, peers: Sequence[str], turns: int | None, error: bool) 
         if case.device == "cpu":
             row["extra_mib"] = cpu_extra_mib(case, name)
     return list(rows.values())
+
+
+def row_of(case: Case, name: str, why: str | None) -> dict[str, Any]:
+    """A peer's row before it has a figure."""
+    return {**case.as_dict(), "peer": name, "version": version(name), "seconds": None, "reason": why}
 
 
 def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
@@ -95,22 +116,99 @@ def exact_results(case: Case, inputs: Inputs) -> list[Tensor] | None:
 
 
 def errors(loss: Loss, inputs: Inputs, exact: Sequence[Tensor]) -> dict[str, float]:
+    return errors_of(results_of(loss, inputs), exact)
+
+
+def results_of(loss: Loss, inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The loss and its gradients."""
     value = loss(inputs)
-    gradients = torch.autograd.grad(value, inputs.leaves, allow_unused=True)  # a constant scale has none
+    return (value, *torch.autograd.grad(value, inputs.leaves, allow_unused=True))  # a constant scale has none
+
+
+def errors_of(results: Sequence[Tensor | None], exact: Sequence[Tensor]) -> dict[str, float]:
     names = ("loss", "lhs", "rhs", "logit_scale")
     return {
         name: relative_error(got, want)
-        for name, got, want in zip(names, (value, *gradients), exact, strict=True)
+        for name, got, want in zip(names, results, exact, strict=True)
         if got is not None
     }
 
 
+def sampled_results(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor], dict[str, float]] | None:
+    """(lines, the exact [dlhs, drhs] there, errors of what they rest on), where the whole oracle takes too long."""
+    known = case.passes == case.directions == "both" and case.fields == 1 and not case.ids and case.n == case.m
+    if case.device != "cuda" or not known:
+        return None
+    lhs, rhs, scale = inputs.leaves
+    picked = torch.linspace(0, case.n - 1, min(SAMPLED_LINES, case.n), device=lhs.device).long()
+    if case.loss == "sigmoid":
+        return picked, oracle.sampled_sigmoid_gradients(lhs, rhs, scale, picked, LOGIT_BIAS), {}
+    from gcl_kernels import pairwise_logsumexp
+
+    with torch.no_grad():
+        lines = pairwise_logsumexp(lhs, rhs, scale)
+    assert lines.row is not None
+    assert lines.col is not None
+    row, col, *exact = oracle.sampled_gradients(lhs, rhs, scale, picked, 0.5, lines.row, lines.col)
+    off = {"row statistics": lines.row[picked], "column statistics": lines.col[picked]}
+    wanted = zip(off.items(), (row, col), strict=True)
+    return picked, exact, {name: relative_error(got, want) for (name, got), want in wanted}
+
+
+def sampled_errors(
+    loss: Loss, inputs: Inputs, sample: tuple[Tensor, list[Tensor], dict[str, float]]
+) -> dict[str, float]:
+    picked, exact, off = sample
+    _, dlhs, drhs, _ = results_of(loss, inputs)
+    assert dlhs is not None
+    assert drhs is not None
+    lines = {"lhs": relative_error(dlhs[picked], exact[0]), "rhs": relative_error(drhs[picked], exact[1])}
+    return {**lines, **off, "sampled lines": len(picked)}
+
+
+def graph(loss: Loss, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...]]:
+    """A step captured after three eager ones, and its results after one replay."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            results_of(loss, inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = results_of(loss, inputs)
+    captured.replay()
+    torch.cuda.synchronize()
+    return captured, results
+
+
+def replayed(captured: torch.cuda.CUDAGraph) -> Callable[[], float]:
+    """Seconds of a replay, of as many as take REPLAY_SECONDS."""
+
+    def run(repeats: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            captured.replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    run(1)
+    repeats = max(1, round(REPLAY_SECONDS / run(3)))
+    return lambda: run(repeats)
+
+
 def fits(case: Case, name: str) -> None:
-    """On a CPU, logits that do not fit would not fail: they would take the machine down."""
-    if case.device != "cpu" or name not in DENSE_COPIES:
+    """On a CPU, logits that do not fit would not fail: they would take the machine down. On a GPU they would fail after a
+    compiler's minute."""
+    if case.device not in ("cpu", "cuda") or name not in DENSE_COPIES:
         return
     need = DENSE_COPIES[name] * case.n * case.m * DTYPES[case.dtype].itemsize / 2**30
-    free = available_gib()
+    free = available_gib() if case.device == "cpu" else torch.cuda.mem_get_info()[0] / 2**30
+    if case.device == "cuda":
+        need /= (
+            2  # copies are counted at a CPU's peak; a GPU refuses what does not fit, so only the hopeless is left out
+        )
     if need > 0.9 * free:
         raise Unsupported(f"out of memory: its logits need about {need:.0f} GiB, {free:.0f} GiB are free")
 
@@ -132,6 +230,7 @@ def reason(error: BaseException) -> str:
 def release(case: Case) -> None:
     gc.collect()
     if case.device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
@@ -193,7 +292,8 @@ def gemm(case: Case) -> Callable[[], float]:
         once = run(1) * 2 * n * m * k
         repeats = max(1, round(0.05 / once))
         best = min(run(repeats) for _ in range(3))
-        candidates.append((best, run, max(1, round(GEMM_SECONDS / (best * 2 * n * m * k)))))
+        seconds = GEMM_SECONDS_CUDA if case.device == "cuda" else GEMM_SECONDS
+        candidates.append((best, run, max(1, round(seconds / (best * 2 * n * m * k)))))
     _, run, repeats = min(candidates, key=lambda c: c[0])
     return lambda: run(repeats)
 

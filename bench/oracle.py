@@ -57,6 +57,40 @@ def sigmoid_loss_and_gradients(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, lo
     return [loss, dlhs, drhs, dscale]
 
 
+def sampled_gradients(
+    lhs: Tensor, rhs: Tensor, logit_scale: Tensor, picked: Tensor, a: float, row: Tensor, col: Tensor
+) -> list[Tensor]:
+    """[row, col] statistics and [dlhs, drhs] gradients, (K, ...) each, at the K lines `picked`, of the mean loss of N = M pairs.
+
+    The gradient of one line needs the statistics of all lines of the other side: those, `row` and `col`, (N,), are given, and
+    the first two results say whether they are right where they were picked.
+    """
+    x, y, scale = (v.detach().double() for v in (lhs, rhs, logit_scale))
+    n, own = len(x), torch.arange(len(picked), device=x.device)
+    found = []
+    for left, right, right_line, share in ((x, y, col, a), (y, x, row, 1 - a)):
+        s = scale * left[picked] @ right.T
+        exact = s.logsumexp(dim=1)
+        g = share / n * torch.exp(s - exact[:, None]) + (1 - share) / n * torch.exp(s - right_line.double())
+        g[own, picked] -= 1 / n
+        found.append((exact, scale * g @ right))
+    return [found[0][0], found[1][0], found[0][1], found[1][1]]
+
+
+def sampled_sigmoid_gradients(
+    lhs: Tensor, rhs: Tensor, logit_scale: Tensor, picked: Tensor, logit_bias: float
+) -> list[Tensor]:
+    """[dlhs, drhs], (K, D) each, of the sigmoid loss at the K lines `picked`; they need no other line."""
+    x, y, scale = (v.detach().double() for v in (lhs, rhs, logit_scale))
+    own = torch.arange(len(picked), device=x.device)
+    found = []
+    for left, right in ((x, y), (y, x)):
+        g = torch.sigmoid(scale * left[picked] @ right.T + logit_bias)
+        g[own, picked] -= 1
+        found.append(scale / len(x) * g @ right)
+    return found
+
+
 def chunks(n: int, m: int) -> Iterator[slice]:
     step = max(1, CHUNK_BYTES // (8 * m))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gcl_kernels import backends
 from gcl_kernels.backends import Gradients, Lines, Need, Want, choice
+from gcl_kernels.backends.pointwise import PointwiseNeed, PointwiseUpstream
 from gcl_kernels.pairs import Pairs
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -31,6 +32,18 @@ def backward(backend: str, inputs: Inputs, statistics: Lines) -> Gradients:
 def backward_tiles(backend: str, inputs: Inputs, statistics: Lines) -> Gradients:
     """The backward's tiles without its products: no gradient is asked for but G is made."""
     return gradients(backend, inputs, statistics, Need(False, False, False))
+
+
+def sigmoid_tiles(inputs: Inputs) -> None:
+    """Triton's one pass of a sigmoid loss without its products: the sigmoids are stored and nothing reads them."""
+    lhs, rhs, scale = inputs
+    pairs, one = Pairs.of(lhs, rhs, scale), lhs.new_full((len(lhs),), 1 / len(lhs), dtype=torch.float64)
+    upstream = PointwiseUpstream(one, one[:, None])
+    unread = mock.Mock(lift=None, finish=lambda *_: (None, None, None))
+    with mock.patch("gcl_kernels.backends.triton.pointwise.Products", return_value=unread):
+        backends.load("triton").softplus(
+            pairs, scale.new_full((), -10.0), upstream, PointwiseNeed(True, True, True, True)
+        )
 
 
 def gradients(backend: str, inputs: Inputs, statistics: Lines, need: Need) -> Gradients:

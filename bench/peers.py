@@ -11,7 +11,10 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +43,8 @@ def imported(load: Callable[[], Any]) -> Any:
     """`load()`. A peer may fail to import in ways of its own; that is its result."""
     try:
         return load()
+    except Unsupported:
+        raise
     except Exception as error:
         raise Unsupported(f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from error
 
@@ -83,13 +88,30 @@ def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
     return loss
 
 
+def open_clip_losses() -> Any:
+    """The module `open_clip.loss`, from its file alone where the package's other needs (torchvision, timm) are not installed."""
+    with contextlib.suppress(Exception):
+        import_open_clip()
+        return importlib.import_module("open_clip.loss")
+    package_spec = importlib.util.find_spec("open_clip")
+    require(package_spec is not None, "cannot be imported: open_clip is not installed")
+    folders = package_spec.submodule_search_locations if package_spec else None
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path((folders or ["."])[0]) / "loss.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile looks a function's module up by its name
+    spec.loader.exec_module(module)
+    return module
+
+
 def open_clip(case: Case) -> Loss:
     plain_pairs(case)
+    losses = imported(open_clip_losses)
     if case.loss == "sigmoid":
-        imported(import_open_clip)
-        return sigmoid(importlib.import_module("open_clip.loss").SigLipLoss())
+        return sigmoid(losses.SigLipLoss())
     require(case.directions == "both", "has both directions only")
-    clip = imported(lambda: import_open_clip().ClipLoss())
+    clip = losses.ClipLoss()
     return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
 
 
@@ -199,6 +221,17 @@ def siglip_kernel(case: Case) -> Loss:
     return lambda x: loss(x.lhs, x.rhs[0], x.logit_scale.log(), bias)
 
 
+def memeff(case: Case) -> Loss:
+    """Its temperature is a number and takes no gradient. Features are said to be unit vectors, as they are; `stable=False` gives
+    the loss's own gradient, where its default multiplies it by sqrt(N * temperature)."""
+    require(case.directions == "both", "has both directions only")
+    plain_pairs(case)
+    on_gpu(case)
+    module = package("memeff")
+    clip = module.MemoryEfficientCLIPLoss(temperature=1 / case.logit_scale, normalized_inputs=True, stable=False)
+    return lambda x: clip(x.lhs, x.rhs[0])
+
+
 PEERS: dict[str, Callable[[Case], Loss]] = {
     "ours": ours,
     "open_clip": open_clip,
@@ -210,6 +243,7 @@ PEERS: dict[str, Callable[[Case], Loss]] = {
     "liger": liger,
     "inf_cl": inf_cl,
     "sentence_transformers": sentence_transformers,
+    "memeff": memeff,
     "siglip_kernel": siglip_kernel,
 }
 PACKAGES = {
@@ -223,6 +257,7 @@ PACKAGES = {
     "liger": "liger-kernel",
     "inf_cl": "inf-cl",
     "sentence_transformers": "sentence-transformers",
+    "memeff": "memeff",
     "siglip_kernel": "siglip-kernel",
 }
 # Peers whose logits are in memory: copies of N x M alive at their peak, in the logits' dtype.

@@ -40,12 +40,14 @@ NAMES = {
     "liger": "Liger",
     "inf_cl": "inf-cl",
     "sentence_transformers": "sentence-transformers",
+    "memeff": "memeff",
     "siglip_kernel": "siglip-kernel",
 }
 COLOURS = {
     "ours": "#0b6e4f", "open_clip": "#b23a48", "open_clip_compiled": "#e07a5f", "linear_cross_entropy": "#3d5a80",
     "dense": "#7f7f7f", "linear_cross_entropy_chunked": "#98c1d9",
     "cut_cross_entropy": "#8d6a9f", "liger": "#d4a017", "inf_cl": "#5c5c5c", "sentence_transformers": "#81b29a",
+    "memeff": "#bc6c25", "siglip_kernel": "#606c38",
 }  # fmt: skip
 FLOOR = "6 N²D at the run's GEMM rate (model)"  # the least of an exact loss, with every exponential kept
 
@@ -139,6 +141,8 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
         "    make bench     # ours beside its peers, 5 minutes on 2 cores; then this page",
         "    make curves    # the scaling curves; a quarter of an hour on 2 cores",
         "    python -m bench --help", "",
+        "On a GPU: `python -m bench.gpu` measures everything in calls of nine minutes; [gpu](gpu/README.md) says what and how.",
+        "",
         "Ours and its peers take turns in one process, with a matrix product between them. A time is the median over turns; a "
         "ratio is the median of each turn's ratio. A step of over 20 seconds is measured once and has no rate. TFLOP/s count the "
         "least work without N x M memory: 8 N M D floating-point operations for both directions, 6 for one, 2 for a forward "

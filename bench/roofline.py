@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from gcl_kernels.backends.chunks import chunk_of_gradient
 from gcl_kernels.chips import CHIPS, DTYPES, TRITON_LAUNCH, Chip
 from gcl_kernels.plan import (
     LABEL,
@@ -26,6 +27,7 @@ from gcl_kernels.plan import (
     ours,
 )
 from gcl_kernels.plan.dense import DENSE_OPERATORS
+from gcl_kernels.plan.gpu import launch_config
 from gcl_kernels.plan.report import positive_int
 
 # Rows of logits that peers hold at a time, by their own rules.
@@ -110,6 +112,62 @@ def inf_cl(p: Sizes, chip: Chip) -> Prediction:
     return Prediction("inf-cl x2", tuple(phases), 4.0 * (p.n + p.m) * (p.d + 4), "gradients through memory, tf32")
 
 
+def memeff(p: Sizes, chip: Chip) -> Prediction:
+    """Forward 2, and 4 for each of two backward passes, shaped as attention's, which keep a block of gradient rows: 10 N M D."""
+    product = 2 * p.logits * p.d
+    phases = (
+        Phase("forward", p.dtype, product, p.logits, host=2 * TRITON_LAUNCH),
+        Phase("backward", p.dtype, 4 * product, 2 * p.logits, host=2 * TRITON_LAUNCH),
+        Phase("the rest", host=DENSE_OPERATORS / 2 * chip.launch),
+    )
+    return Prediction("memeff", phases, 4.0 * (p.n + p.m) * (p.d + 4), "no atomics up to D = 1,024")
+
+
+def sigmoid_ours(p: Sizes, chip: Chip) -> Prediction:
+    """Tiles that store their sigmoids, and two products with them, in chunks: 6 N M D."""
+    rows, cols = chunk_of_gradient(p.n, p.m, launch_config(p, chip).forward.sides, p.s)
+    chunks, copy, product = -(-p.n // rows) * -(-p.m // cols), p.logits * p.s, 2 * p.logits * p.d
+    accumulators = 8.0 * p.d * (p.n * -(-p.m // cols) + p.m * -(-p.n // rows))
+    phases = (
+        Phase("sigmoid tiles", p.dtype, product, p.logits, copy, chunks * TRITON_LAUNCH),
+        Phase("products", p.dtype, 2 * product, bytes=2 * copy + accumulators, host=2 * chunks * chip.launch),
+        Phase("the rest", host=(DENSE_OPERATORS + 3 * chunks) * chip.launch),
+    )
+    memory = float(rows) * cols * p.s + 4.0 * (p.n + p.m) * p.d
+    return Prediction("ours, sigmoid", phases, memory, f"G in {chunks:,} of {rows:,} x {cols:,}")
+
+
+def sigmoid_dense(p: Sizes, chip: Chip) -> Prediction:
+    """`open_clip.SigLipLoss`: logits, labels, their product, log-sigmoid and its gradient, each a pass; 6 N M D."""
+    copy, product = p.logits * p.s, 2 * p.logits * p.d
+    phases = (
+        Phase("logits", p.dtype, product, bytes=3 * copy, host=2 * chip.launch),
+        Phase("loss", exponentials=2 * p.logits, bytes=6 * copy, host=8 * chip.launch),
+        Phase("its gradient", exponentials=p.logits, bytes=6 * copy, host=8 * chip.launch),
+        Phase("products", p.dtype, 2 * product, bytes=2 * copy, host=2 * chip.launch),
+    )
+    return Prediction("open_clip, sigmoid", phases, 5 * copy)
+
+
+def sigmoid_siglip_kernel(p: Sizes, chip: Chip) -> Prediction:
+    """Chunks of 4,096 rows: a product, one pass in place, two products, gradients formed in the forward; 6 N M D."""
+    rows = min(4096, p.n)
+    chunks, copy, product = -(-p.n // rows), p.logits * p.s, 2 * p.logits * p.d
+    phases = (
+        Phase("logits", p.dtype, product, bytes=copy, host=chunks * chip.launch),
+        Phase("loss and gradient", exponentials=2 * p.logits, bytes=2 * copy, host=chunks * TRITON_LAUNCH),
+        Phase("products", p.dtype, 2 * product, bytes=2 * copy, host=2 * chunks * chip.launch),
+        Phase("the rest", host=DENSE_OPERATORS / 2 * chip.launch),
+    )
+    memory = float(rows) * p.m * p.s + (p.n + p.m) * p.d * p.s
+    return Prediction("siglip-kernel", phases, memory, f"chunks of {rows:,} rows")
+
+
+SIGMOID_PLANS: dict[str, Callable[[Sizes, Chip], Prediction]] = {
+    "ours": sigmoid_ours,
+    "open_clip": sigmoid_dense,
+    "siglip_kernel": sigmoid_siglip_kernel,
+}
 PLANS: dict[str, Callable[[Sizes, Chip], Prediction]] = {
     "ours": ours,
     "open_clip": dense,
@@ -118,6 +176,7 @@ PLANS: dict[str, Callable[[Sizes, Chip], Prediction]] = {
     "cut_cross_entropy": cut_cross_entropy,
     "liger": liger,
     "inf_cl": inf_cl,
+    "memeff": memeff,
 }
 
 
@@ -126,9 +185,10 @@ def floor(p: Sizes, chip: Chip) -> float:
     return (8 if p.directions == 2 else 6) * p.logits * p.d / (chip.rate(p.dtype) * chip.reach.gemm)
 
 
-def predictions(p: Sizes, chip: Chip) -> dict[str, Any]:
-    """What `report` prints, for a file."""
-    plans = {name: plan(p, chip) for name, plan in PLANS.items()}
+def predictions(p: Sizes, chip: Chip, loss: str = "softmax") -> dict[str, Any]:
+    """What `report` prints, for a file; device and host apart, and ours by its phases, in ms of each kind of work."""
+    plans = {name: plan(p, chip) for name, plan in (PLANS if loss == "softmax" else SIGMOID_PLANS).items()}
+    least = floor(p, chip) * (1 if loss == "softmax" else 0.75)
     return {
         "model": LABEL,
         "chip": chip.name,
@@ -136,18 +196,30 @@ def predictions(p: Sizes, chip: Chip) -> dict[str, Any]:
         "m": p.m,
         "d": p.d,
         "dtype": p.dtype,
+        "loss": loss,
         "gemm_fraction": chip.reach.gemm,
-        "floor_ms": 1e3 * floor(p, chip),
+        "floor_ms": 1e3 * least,
         "plans": {
             name: {
                 "flops_over_nmd": plan.flops / (p.logits * p.d),
                 "overlapped_ms": 1e3 * plan.overlapped(chip),
                 "serial_ms": 1e3 * plan.serial(chip),
+                "host_ms": 1e3 * plan.totals(chip)["host"],
+                "device_ms": 1e3 * device_seconds(plan, chip),
                 "extra_memory_mib": plan.extra_memory / 2**20,
             }
             for name, plan in plans.items()
         },
+        "phases_ms": {
+            phase.name: {kind: 1e3 * seconds for kind, seconds in phase.parts(chip).items() if seconds}
+            for phase in plans["ours"].phases
+        },
     }
+
+
+def device_seconds(plan: Prediction, chip: Chip) -> float:
+    """Overlapped, without the host: what a CUDA graph of the step should take."""
+    return sum(max(v for kind, v in phase.parts(chip).items() if kind != "host") for phase in plan.phases)
 
 
 def report(p: Sizes, chip: Chip) -> str:

@@ -1,16 +1,21 @@
-"""Everything that needs a GPU, in one command and under nine minutes: `python -m bench.gpu --out results`.
+"""Everything that needs a GPU, in calls of under nine minutes: `python -m bench.gpu --out results`.
 
     machine    the GPU, versions and clocks as found, and what the model predicts, written before anything is measured
-    ceilings   matrix products and copies, the ceilings of this run; aggregate_fields beside the copy
+    sanity     each loss once in each dtype, beside float64, with the time of its first call
     tests      pytest -m gpu
-    bench_*    python -m bench: ours beside every peer that can be imported, errors to float64
-    screen     the search space compiled: what spills or does not fit is out before it is timed
-    tune       the rest timed, forward and backward tile kernels apart; tuning.txt is ready to paste into the configuration table
-    ncu        hardware counters of both tile kernels, or why there are none
+    ceilings   matrix products and copies, the ceilings of this run; aggregate_fields beside the copy
+    gates      the cases that decide: N = 2,048 beside dense losses, N = 65,536 of both losses
+    screen     the search space compiled: what spills or does not fit is out before it is launched
+    tune       the rest timed by CUDA graph replays: forward, backward and sigmoid tiles apart; tuning.txt is ready to paste
+    curves     N = 64 to 65,536, eager and in a CUDA graph, beside dense losses
+    peers      every peer that can be imported, or why it has no figure
+    chunks     the backward's two matrix products at several heights of a chunk
+    ncu        hardware counters of the tile kernels, or why there are none
+    large      N = 262,144 and 1,048,576
 
-Each step is a process with a time limit. `summary.json` is written after each, `log.txt` has their output. Run again, it goes
-on where it stopped: steps with a result are not repeated. `--dry-run` runs every step on a CPU, in Triton's interpreter, at toy
-sizes; its figures mean nothing.
+Each step is a process with a time limit. `summary.json` and `report.md` are written after each, `log.txt` has their output. Run
+again, it goes on where it stopped: steps with a result are not repeated. Layout: bench/gpu/README.md. `--dry-run` runs every step
+on a CPU, in Triton's interpreter, at toy sizes; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.step:
+        if options.dry_run:
+            from bench.gpu import interpreter as _  # noqa: F401
         step = one_pass if options.step == "one_pass" else STEPS[options.step][0]
         step(Context(options.result, options.out, options.dry_run))
         return 0

@@ -20,7 +20,6 @@ Result = dict[str, Any]
 class Sizes:
     """What a step measures."""
 
-    bench: dict[str, tuple[int, int]]  # step: (N, D)
     dimensions: tuple[int, ...]  # bands to tune
     first_n: int  # every candidate
     last_n: int  # the best of them
@@ -28,13 +27,16 @@ class Sizes:
     gemm: int
     fields: tuple[int, int]
     screened_d: int
+    sanity: tuple[int, int]  # (N, D)
+    chunk_rows: tuple[int, ...]  # heights of G whose two products are timed
+    chunk_n: int  # of a problem whose chunks they are
 
 
 REAL = Sizes(
-    {"bench_65536": (65_536, 768), "bench_4096": (4096, 768), "bench_1048576": (2**20, 512)},
-    (256, 512, 768, 1024), 16_384, 65_536, 3, 8192, (65_536, 768), 768,
+    (768, 512, 256, 1024), 16_384, 65_536, 3, 8192, (65_536, 768), 768,
+    (1000, 512), (8192, 8448, 9216, 10_240, 11_008, 11_264, 12_672, 16_896), 65_536,
 )  # fmt: skip
-TOY = Sizes({"bench_65536": (96, 32)}, (32,), 48, 64, 2, 256, (64, 32), 64)
+TOY = Sizes((32,), 48, 64, 2, 256, (64, 32), 64, (48, 32), (32, 64), 96)
 
 
 @dataclass
@@ -62,14 +64,18 @@ class Context:
         return read(self.out / "summary.json").get("steps", {}).get(step, {}).get("result", {})
 
 
-def timed(work: Callable[[], object], context: Context, milliseconds: int = 100) -> list[float]:
-    """Seconds of each repeat: on a GPU with a cold L2 cache before each, by its own clock."""
+def timed(work: Callable[[], object], context: Context, milliseconds: int = 100, *, graph: bool = False) -> list[float]:
+    """Seconds of each repeat, by the GPU's own clock: with a cold L2 cache before each; or, `graph`, of replays of a CUDA graph
+    of many, so that no host is in the time."""
     if context.dry_run:
         start = time.perf_counter()
         work()
         return [time.perf_counter() - start]
-    from triton.testing import do_bench
+    from triton.testing import do_bench, do_bench_cudagraph
 
+    if graph:
+        replays: Any = do_bench_cudagraph(work, rep=milliseconds, return_mode="all")
+        return [t / 1e3 for t in replays]
     times: Any = do_bench(work, warmup=milliseconds // 4, rep=milliseconds, return_mode="all")
     return [t / 1e3 for t in times]
 

@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.gpu.context import TOY, Result, read
+from bench.gpu import cells, report
+from bench.gpu.context import Result, read
 from bench.gpu.steps import NOT_INTERPRETED, STEPS
 from bench.gpu.targets import targets
 from gcl_kernels.training.files import write_json_atomically
@@ -22,6 +23,7 @@ def run_step(name: str, limit: float, out: Path, dry_run: bool) -> Result:
     """Runs a step in a process group of its own and returns its entry of the summary."""
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONUNBUFFERED"] = "1"
     if dry_run:
         environment["OMP_NUM_THREADS"] = "1"
         if name not in NOT_INTERPRETED:
@@ -80,11 +82,9 @@ def session(out: Path, dry_run: bool, limit: float) -> Result:
     if summary["dry_run"] != dry_run:
         raise ValueError(f"--out: expected a folder of {'dry' if dry_run else 'real'} runs, got the other kind, {out}")
     end = time.monotonic() + limit
+    print(plan(summary, limit), flush=True)
     for name, (_, step_limit) in STEPS.items():
-        if dry_run and name.startswith("bench_") and name not in TOY.bench:
-            continue  # the same code at another size
-        known = summary["steps"].get(name)
-        if known and known["result"] and not known["status"].startswith("failed"):
+        if has_result(name, summary):
             print(f"{name}: has a result")
             continue
         left = end - time.monotonic()
@@ -95,4 +95,20 @@ def session(out: Path, dry_run: bool, limit: float) -> Result:
         print(f"{name}: {summary['steps'][name]['status']}, {summary['steps'][name]['seconds']} s", flush=True)
         summary["targets"] = targets(summary["steps"], out)
         write_json_atomically(out / "summary.json", summary, indent=1)
+        (out / "report.md").write_text(report.text(summary, out))
     return summary
+
+
+def has_result(name: str, summary: Result) -> bool:
+    """A step that was cut off counts if it saved something; one of cells goes on where it stopped."""
+    known = summary["steps"].get(name)
+    if not known or not known["result"] or known["status"].startswith("failed"):
+        return False
+    return known["status"] == "ok" or name not in cells.CALLS
+
+
+def plan(summary: Result, limit: float) -> str:
+    """What is left, and how much time it may take at the most."""
+    left = {name: step_limit for name, (_, step_limit) in STEPS.items() if not has_result(name, summary)}
+    words = ", ".join(f"{name} {seconds} s" for name, seconds in left.items()) or "nothing"
+    return f"To do, each at the most: {words}; together {sum(left.values())} s, of which this call has {limit:.0f} s"

@@ -8,23 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
-from bench.gpu.context import REAL, Context, Result, median, timed
+from bench.gpu import cells
+from bench.gpu.cells import shown
+from bench.gpu.context import Context, Result, median, timed
 from bench.gpu.tuning import screen, tune
 
-# `python -m bench` without what a GPU does not do or does in no time: the products that give a CPU's rate take ten seconds of
-# a dry run, the fresh process in which a CPU's memory is measured takes three.
-FOR_DRY_RUNS = (
-    "from bench import __main__, measure; "
-    "measure.gemm = lambda case: lambda: 1e-9; measure.cpu_extra_mib = lambda case, peer: None; __main__.main()"
-)
+# Where tests for a GPU are: the others may not even import where the training system's packages are absent.
+GPU_TESTS = ("tests/test_gpu.py", "tests/triton")
 
 # One test of those that a GPU runs, in the interpreter: it uses fields, masks, weights and ids, forward and backward.
 TEST_OF_DRY_RUNS = "tests/test_gpu.py::test_same_inputs_same_bits"
-
-# Rows from which ours is measured alone: dense logits do not fit, the float64 oracle and the other peers take minutes.
-ALONE_ABOVE = 2**18
 
 NCU_METRICS = (
     "gpu__time_duration.sum",
@@ -32,32 +28,34 @@ NCU_METRICS = (
     "sm__inst_executed_pipe_tensor.sum.pct_of_peak_sustained_elapsed",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
     "dram__bytes.sum",
     "lts__t_sector_hit_rate.pct",
     "l1tex__data_bank_conflicts_pipe_lsu.sum",
     "launch__registers_per_thread",
     "launch__occupancy_limit_shared_mem",
+    "launch__occupancy_limit_registers",
 )
 
 
 def machine(context: Context) -> None:
     import torch
 
-    from bench import roofline
+    from bench.gpu.predictions import predicted
     from gcl_kernels import env
     from gcl_kernels.chips import CHIPS
-    from gcl_kernels.plan import Sizes
 
     name = "a CPU" if context.dry_run else torch.cuda.get_device_name()
     # The last chip whose name is in the device's; a card that is not in the table is compared with an H100.
     chip = next((c for k, c in reversed(CHIPS.items()) if k.upper() in name.upper()), CHIPS["h100"])
-    cases = [Sizes(n, n, d, "bf16") for n, d in REAL.bench.values()]
     context.save(
         {
             "gpu": name,
             "nvidia_smi": nvidia_smi(),
             "environment": list(env.report()),
-            "predictions": [roofline.predictions(p, chip) for p in cases],
+            "predictions": predicted(chip),
         }
     )
     print("\n".join(env.report()))
@@ -88,6 +86,8 @@ def ceilings(context: Context) -> None:
     k, device = context.sizes.gemm, context.device
     a, b = (torch.randn(k, k, device=device, dtype=torch.bfloat16) for _ in range(2))
     gemm = timed(lambda: a @ b, context)
+    wide = a.float()
+    gemm32 = timed(lambda: wide @ wide, context)
     source = torch.randn(64 * k * k if not context.dry_run else k * k, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     copy = timed(lambda: target.copy_(source), context)
@@ -108,6 +108,7 @@ def ceilings(context: Context) -> None:
     context.save(
         {
             "gemm": {"n": k, "dtype": "bf16", "seconds": gemm, "tflops": 2 * k**3 / median(gemm) / 1e12},
+            "gemm_fp32": {"n": k, "dtype": "fp32", "seconds": gemm32, "tflops": 2 * k**3 / median(gemm32) / 1e12},
             "copy": {"bytes": source.numel() * source.element_size(), "seconds": copy, "bytes_per_second": copy_rate},
             "aggregate_fields": {
                 "n": n,
@@ -124,9 +125,93 @@ def ceilings(context: Context) -> None:
     )
 
 
+def sanity(context: Context) -> None:
+    """Each loss twice, beside float64: what is wrong, or compiles for long, shows before anything is timed."""
+    import torch
+
+    from gcl_kernels import ClipLoss, SigLipLoss, gcl_loss
+    from gcl_kernels.testing import relative_error
+
+    n, d = context.sizes.sanity
+    unit = torch.nn.functional.normalize
+    result: Result = {"n": n, "d": d, "losses": {}}
+    ids = torch.arange(n, device=context.device) // 3
+    losses = {
+        "ClipLoss": lambda x, y, s: ClipLoss()(x, y, s),
+        "SigLipLoss": lambda x, y, s: SigLipLoss()(x, y, s, -10.0),
+        "gcl_loss, one direction": lambda x, y, s: gcl_loss(x, y, s, directions="lhs_to_rhs"),
+        "gcl_loss, ids": lambda x, y, s: gcl_loss(x, y, s, lhs_ids=ids, rhs_ids=ids),
+        "gcl_loss, 2 fields": lambda x, y, s: gcl_loss(x, {"a": y, "b": y.flip(0)}, s),
+    }
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, y = (unit(torch.randn(n, d, device=context.device)).to(dtype) for _ in range(2))
+        scale = torch.tensor(10.0, device=context.device)
+        for name, loss in losses.items():
+            key = f"{name}, {str(dtype).removeprefix('torch.')}"
+            try:
+                exact = gradients_of(loss, [v.double() for v in (x, y, scale)])
+                first, found = timed_once(lambda loss=loss, x=x, y=y, scale=scale: gradients_of(loss, [x, y, scale]))
+                second, _ = timed_once(lambda loss=loss, x=x, y=y, scale=scale: gradients_of(loss, [x, y, scale]))
+                errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+                row = {"first_seconds": first, "second_seconds": second, "errors": errors}
+            except Exception as error:  # the next loss may run
+                row = {"reason": f"{type(error).__name__}: {str(error)[-300:]}"}
+            result["losses"][key] = row
+            print(key, row, flush=True)
+            context.save(result)
+
+
+def gradients_of(loss, inputs) -> list:
+    """[loss, gradients]."""
+    import torch
+
+    leaves = [v.detach().clone().requires_grad_() for v in inputs]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def timed_once(work: Callable[[], list]) -> tuple[float, list]:
+    """Seconds of one call, waited for, and what it returns."""
+    start = time.perf_counter()
+    found = work()
+    float(found[0])
+    return time.perf_counter() - start, found
+
+
+def chunks(context: Context) -> None:
+    """The backward's two products at several heights of G: cuBLAS's tiles fill the chip in whole waves at some only."""
+    import torch
+
+    from gcl_kernels.backends.chunks import chunk_of_gradient
+    from gcl_kernels.backends.triton.config import FAMILIES
+
+    n = context.sizes.chunk_n
+    result: Result = {"n": n, "dtype": "bf16", "products": []}
+    for d in context.sizes.dimensions:
+        tile = FAMILIES["sm_90"].config(torch.bfloat16, d, "ieee").backward
+        usual = chunk_of_gradient(n, n, tile.sides, 2)
+        for rows in dict.fromkeys((usual[0], *context.sizes.chunk_rows)):
+            cols = usual[1]
+            g = torch.randn(rows, cols, device=context.device).to(torch.bfloat16)
+            lhs, rhs = (torch.randn(k, d, device=context.device).to(torch.bfloat16) for k in (rows, cols))
+            row: Result = {"rows": rows, "cols": cols, "d": d, "usual": rows == usual[0]}
+            for name, work in (
+                ("G @ rhs", lambda g=g, rhs=rhs: g @ rhs),
+                ("G^T @ lhs", lambda g=g, lhs=lhs: g.T @ lhs),
+            ):
+                seconds = timed(work, context, 20, graph=True)
+                row[name] = {"seconds": seconds, "tflops": 2 * rows * cols * d / median(seconds) / 1e12}
+            result["products"].append(row)
+            print(
+                rows, cols, d, *(f"{name}: {row[name]['tflops']:.0f}" for name in ("G @ rhs", "G^T @ lhs")), flush=True
+            )
+            context.save(result)
+
+
 def tests(context: Context) -> None:
-    where = TEST_OF_DRY_RUNS if context.dry_run else "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", where, "--no-header"]
+    where = [TEST_OF_DRY_RUNS] if context.dry_run else GPU_TESTS
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *where, "--no-header"]
+    command += ["-p", "bench.gpu.interpreter"] * context.dry_run
     returncode, output = shown(command)
     context.save(
         {"exit": returncode, "last_line": (output.strip().splitlines() or [""])[-1], "passed": returncode == 0}
@@ -135,46 +220,16 @@ def tests(context: Context) -> None:
         sys.exit(returncode)
 
 
-def bench_step(name: str) -> Callable[[Context], None]:
-    def bench(context: Context) -> None:
-        n, d = context.sizes.bench[name]
-        path = context.out / f"{name}.json"
-        run = ["-c", FOR_DRY_RUNS] if context.dry_run else ["-m", "bench"]
-        command = [sys.executable, *run, "--device", context.device, "--dtype", "bf16", "--n", str(n), "--d", str(d)]
-        command += ["--logit-scale", str(100 / 7), "--json", str(path), "--resume"]
-        if n > ALONE_ABOVE:
-            command += ["--peers", "none", "--no-error", "--turns", "1"]
-        if context.dry_run:
-            command += ["--peers", "none", "--turns", "1"]
-        returncode, output = shown(command)
-        if returncode or not path.exists():
-            context.save({"reason": output.strip()[-500:]})
-            sys.exit(returncode or 1)
-        context.save({"n": n, "d": d, "file": path.name})
-
-    return bench
-
-
-def shown(command: Sequence[str]) -> tuple[int, str]:
-    """Exit status and output, which is passed on line by line."""
-    lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    return process.returncode, "".join(lines)
-
-
 def ncu(context: Context) -> None:
     tool = shutil.which("ncu")
     if tool is None:
         context.save({"reason": "ncu is not installed"})
         return
     command = [tool, "--csv", "--metrics", ",".join(NCU_METRICS), "--kernel-name", "regex:forward_tile|backward_tile"]
+    command += ["--target-processes", "all"]
     step = [sys.executable, "-m", "bench.gpu", "--step", "one_pass", "--out", str(context.out)]
     step += ["--result", os.devnull, *["--dry-run"] * context.dry_run]
-    returncode, output = shown([*command, "--launch-count", "2", *step])
+    returncode, output = shown([*command, "--launch-count", "3", *step])
     found = ncu_metrics(output)
     context.save({"metrics": found} if found else {"reason": f"exit {returncode}: {output.strip()[-500:]}"})
 
@@ -187,35 +242,42 @@ def ncu_metrics(output: str) -> Result:
     found: Result = {}
     for row in csv.DictReader(io.StringIO(output[start:])):
         if row.get("Metric Name") and row.get("Kernel Name"):
-            found.setdefault(row["Kernel Name"], {})[row["Metric Name"]] = (
-                f"{row.get('Metric Value', '')} {row.get('Metric Unit', '')}".strip()
-            )
+            value = f"{row.get('Metric Value', '')} {row.get('Metric Unit', '')}".strip()
+            name = row["Kernel Name"]
+            if row["Metric Name"] in found.get(name, {}):
+                name += ", sigmoid"  # the second launch of the forward's tiles
+            found.setdefault(name, {})[row["Metric Name"]] = value
     return found
 
 
 def one_pass(context: Context) -> None:
-    """For ncu: one forward and one backward."""
+    """For ncu: one forward and one backward, and a sigmoid loss."""
     import torch
 
-    from gcl_kernels import ClipLoss
+    from gcl_kernels import ClipLoss, SigLipLoss
 
     n, d = (64, 32) if context.dry_run else (16_384, 768)
     unit = torch.nn.functional.normalize
     x, y = (unit(torch.randn(n, d, device=context.device)).to(torch.bfloat16).requires_grad_() for _ in range(2))
     ClipLoss()(x, y, torch.tensor(100 / 7, device=context.device)).backward()
+    SigLipLoss()(x, y, 10.0, -10.0).backward()
 
 
-# In the order in which they are worth having, with their limits in seconds.
+# In the order in which they are worth having, with their limits in seconds: the first call of nine minutes holds those up to the
+# curves, the second the rest.
 STEPS: dict[str, tuple[Callable[[Context], None], int]] = {
     "machine": (machine, 40),
-    "ceilings": (ceilings, 40),
+    "sanity": (sanity, 60),
     "tests": (tests, 110),
-    "bench_65536": (bench_step("bench_65536"), 110),
-    "bench_4096": (bench_step("bench_4096"), 40),
+    "ceilings": (ceilings, 40),
+    "gates": (cells.step("gates"), 110),
     "screen": (screen, 60),
     "tune": (tune, 120),
-    "bench_1048576": (bench_step("bench_1048576"), 80),
-    "ncu": (ncu, 40),
+    "curves": (cells.step("curves"), 200),
+    "peers": (cells.step("peers"), 180),
+    "chunks": (chunks, 40),
+    "ncu": (ncu, 60),
+    "large": (cells.step("large"), 200),
 }
-# Compiled ahead of time, or without our kernels.
-NOT_INTERPRETED = ("machine", "screen", "bench_65536", "bench_4096", "bench_1048576")
+# Compiled ahead of time, or without our kernels in a dry run.
+NOT_INTERPRETED = ("machine", "screen", *cells.CALLS)

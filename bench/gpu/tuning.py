@@ -9,6 +9,9 @@ from typing import Any
 
 from bench.gpu.context import Context, Result, median, timed
 
+# What is tuned. The sigmoid's tiles are the forward kernel with another epilogue: the table gives them the forward's tile.
+KERNELS = ("forward_tile", "backward_tile", "sigmoid_tile")
+
 # The search space: (rows, columns, warps), pipeline stages, and for the backward its epilogue whole or in halves. Bands of the
 # finalists are then tried in two other heights.
 SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
@@ -26,7 +29,8 @@ def candidates(context: Context) -> list[tuple[str, Any]]:
     found = []
     for rows, cols, warps in shapes:
         for n_stages in stages:
-            found.append(("forward_tile", TileShape(rows, cols, 64, warps, n_stages)))
+            plain = TileShape(rows, cols, 64, warps, n_stages)
+            found += [("forward_tile", plain), ("sigmoid_tile", plain)]
             found += [
                 ("backward_tile", TileShape(rows, cols, 64, warps, n_stages, halves=halves))
                 for halves in halves_or_whole
@@ -69,13 +73,14 @@ def compiled(job: tuple[str, str, Any, int]) -> Result:
     family_name, kernel, tile, d = job
     chip = FAMILIES[family_name]
     descriptors = chip.config(torch.bfloat16, d, "ieee").descriptors
-    case = aot.Case(replace(chip, half=everywhere(tile, descriptors)), kernel, torch.bfloat16, d)
+    kernel, variant = ("forward_tile", "sigmoid stored") if kernel == "sigmoid_tile" else (kernel, "")
+    case = aot.Case(replace(chip, half=everywhere(tile, descriptors)), kernel, torch.bfloat16, d, variant)
     try:
         report = aot.inspect(case)
     except Exception as error:  # a candidate that the compiler refuses is out, and says why
         return {"complaints": [f"{type(error).__name__}: {str(error)[-300:]}"]}
     usage = {name: getattr(report, name) for name in ("registers", "stack", "spills", "shared")}
-    return {**usage, "complaints": report.complaints()}
+    return {**usage, "instructions": dict(report.instructions), "complaints": report.complaints()}
 
 
 def tune(context: Context) -> None:
@@ -87,12 +92,13 @@ def tune(context: Context) -> None:
     from gcl_kernels.backends.triton.config import TileShape
 
     chip, sizes = family(context), context.sizes
-    fitting = [c for c in context.result_of("screen")["candidates"] if not c["complaints"]]
+    screened = context.result_of("screen").get("candidates", [])
+    fitting = [c for c in screened if not c["complaints"]]
     result: Result = {"times": [], "chosen": {}}
     for d in sizes.dimensions:
         default = chip.config(torch.bfloat16, d, "ieee")
         chosen = {}
-        for kernel in ("forward_tile", "backward_tile"):
+        for kernel in KERNELS:
             space = [TileShape(**c["tile"]) for c in fitting if c["kernel"] == kernel]
             space = list(dict.fromkeys([default.tile(kernel == "backward_tile", masked=False), *space]))
 
@@ -123,14 +129,15 @@ def tune(context: Context) -> None:
                 chosen[kernel] = asdict(ranked[0][1])
         result["chosen"][str(d)] = chosen
         context.save(result)
-        (context.out / "tuning.txt").write_text(table(chip, result["chosen"]))
+        (context.out / "tuning.txt").write_text(table(chip, result["chosen"]) + remarks(result))
     result["whole_step"] = whole_step(context, chip, result["chosen"])
     context.save(result)
 
 
 @dataclass
 class TileProblem:
-    """Inputs, and the default configuration's results, which every other must repeat."""
+    """Inputs, and the default configuration's results, which every other forward must repeat. Times are of CUDA graph replays:
+    a host takes longer than the tile kernels of a small problem."""
 
     inputs: tuple[Any, Any, Any]
     default: Any
@@ -157,14 +164,18 @@ class TileProblem:
 
         config = Config(tile, tile, tile, tile, self.default.descriptors)
         forward = lambda: passes.forward("triton", self.inputs)  # noqa: E731
-        backward = lambda: passes.backward_tiles("triton", self.inputs, self.statistics)  # noqa: E731
+        work = {
+            "forward_tile": forward,
+            "backward_tile": lambda: passes.backward_tiles("triton", self.inputs, self.statistics),
+            "sigmoid_tile": lambda: passes.sigmoid_tiles(self.inputs),
+        }[kernel]
         try:
             with settings(config=config):
                 if kernel == "forward_tile":
                     off = max(float((a - b).abs().max()) for a, b in zip(forward(), self.statistics, strict=True))
                     if not off < 1e-3:
                         return {"reason": f"its results are off by {off:.3g}"}
-                seconds = timed(forward if kernel == "forward_tile" else backward, context)
+                seconds = timed(work, context, 20, graph=True)
         except Exception as error:  # out of resources, most likely: the next candidate may fit
             return {"reason": f"{type(error).__name__}: {str(error)[-300:]}"}
         return {"seconds": seconds, "median_seconds": median(seconds)}
@@ -191,6 +202,25 @@ def whole_step(context: Context, chip, chosen: Result) -> Result:
             )
     print(f"whole step, N = {n:,}, D = {d}:", {k: f"{1e3 * median(result[k]):.2f} ms" for k in ("table", "tuned")})
     return result
+
+
+def remarks(result: Result) -> str:
+    """What the table cannot say, as comments: the sigmoid's fastest tile where it is not the forward's."""
+    lines = []
+    for d, chosen in result["chosen"].items():
+        best, forward = chosen.get("sigmoid_tile"), chosen.get("forward_tile")
+        if best is None or best == forward:
+            continue
+        n = max(row["n"] for row in result["times"])
+        times = {
+            literal(row["tile"]): row["median_seconds"]
+            for row in result["times"]
+            if (row["kernel"], row["n"], row["d"]) == ("sigmoid_tile", n, int(d)) and "median_seconds" in row
+        }
+        beside = times.get(literal(forward)) if forward else None
+        gain = f", {beside / times[literal(best)]:.2f}x as fast as with the forward's" if beside else ""
+        lines.append(f"# sigmoid at D = {d}: {literal(best)}{gain}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def with_chosen(default, chosen: Result):
@@ -224,7 +254,11 @@ def table(chip, chosen: Result) -> str:
 
 
 def literal(tile) -> str:
-    """The tile as it is written in the configuration table."""
+    """The tile, or its fields, as it is written in the configuration table."""
+    if isinstance(tile, dict):
+        from gcl_kernels.backends.triton.config import TileShape
+
+        tile = TileShape(**tile)
     optional = [f"group={tile.group}"] * (tile.group != 8) + ["halves=True"] * tile.halves
     optional += ["one_exponential=False"] * (not tile.one_exponential)
     return f"TileShape({', '.join([*map(str, (tile.rows, tile.cols, tile.d, tile.warps, tile.stages)), *optional])})"

@@ -123,6 +123,91 @@ def somebodys_loss(lhs, rhs, logit_scale):
     return reference.gcl_loss(lhs, rhs, logit_scale)
 
 
+def test_a_lost_device_costs_its_case_alone(quick, tmp_path, monkeypatch):
+    def lost(case):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setitem(peers.PEERS, "dense", lost)
+    monkeypatch.setattr(measure, "release", lost)
+    path = tmp_path / "run.json"
+    arguments = ["--device", "cpu", "--n", "16,24", "--d", "8", "--turns", "1", "--json", str(path), "--resume"]
+    arguments += ["--peers", "dense"]
+    with pytest.raises(RuntimeError, match="dense: RuntimeError: illegal memory access; the device no longer answers"):
+        command.main(arguments)
+    rows = json.loads(path.read_text())["cells"]
+    assert [(row["n"], row["peer"], row["seconds"]) for row in rows] == [(16, "ours", None), (16, "dense", None)]
+    assert all("dense: RuntimeError: illegal memory access" in row["reason"] for row in rows)
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "gemm", lambda case: lambda: 1e-9)
+        patch.setattr(measure, "cpu_extra_mib", lambda case, peer: 1.5)
+        command.main(arguments)  # goes on with the next case
+    assert [row["n"] for row in json.loads(path.read_text())["cells"] if row["seconds"]] == [24, 24]
+
+
+def test_a_graph_needs_a_gpu(quick):
+    with pytest.raises(SystemExit, match="--graph: expected --device cuda, got cpu"):
+        command.main(["--device", "cpu", "--graph", "both"])
+    graphs = command.plan(command.parse(["--device", "cuda", "--n", "64", "--graph", "both"]))
+    assert [case.graph for case, _ in graphs] == [False, True]
+    assert graphs[1][0].title.endswith("CUDA graph")
+
+
+def test_sampled_lines_are_those_of_the_oracle():
+    leaves = cases.build(cases.Case("cpu", "fp64", 37, 37, 19, logit_scale=17.0)).leaves
+    lhs, rhs, scale = leaves
+    picked = torch.tensor([0, 5, 36])
+    logits = (scale * lhs @ rhs.T).detach()
+    row, col = logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+    for a in (0.5, 0.2):
+        found = oracle.sampled_gradients(*leaves, picked, a, row, col)
+        _, dlhs, drhs, _ = oracle.loss_and_gradients(*leaves, a)
+        for got, want in zip(found, (row, col, dlhs, drhs), strict=True):
+            assert relative_error(got.detach(), want[picked].detach()) < 1e-12
+    found = oracle.sampled_sigmoid_gradients(*leaves, picked, cases.LOGIT_BIAS)
+    _, dlhs, drhs, _ = oracle.sigmoid_loss_and_gradients(*leaves, cases.LOGIT_BIAS)
+    for got, want in zip(found, (dlhs, drhs), strict=True):
+        assert relative_error(got, want[picked]) < 1e-12
+
+
+def test_a_wrong_line_shows_in_the_sample(quick):
+    case = cases.Case("cpu", "fp32", 48, 48, 16)
+    right, inputs = peers.PEERS["ours"](case), cases.build(case)
+    picked = torch.arange(0, 48, 3)
+    exact = [g[picked] for g in oracle.loss_and_gradients(*inputs.leaves, 0.5)[1:3]]
+    found = measure.sampled_errors(right, inputs, (picked, exact, {"row statistics": 0.0}))
+    assert max(found["lhs"], found["rhs"]) < 1e-5
+    assert (found["row statistics"], found["sampled lines"]) == (0.0, 16)
+    wrong = measure.sampled_errors(lambda x: right(x) + 1e-2 * x.rhs[0][3].sum(), inputs, (picked, exact, {}))
+    assert wrong["rhs"] > 1e-3 > 1e-5 > wrong["lhs"]
+
+
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_open_clip_s_losses_need_no_more_than_torch(quick, loss, monkeypatch):
+    """Beside a torch without torchvision, its file of losses is all that is needed; without the package its cell says so."""
+
+    def fails():
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    monkeypatch.setattr(peers, "import_open_clip", fails)
+    case = cases.Case("cpu", "fp32", 40, 40, 16, logit_scale=10.0, loss=loss)
+    names = ["open_clip", *["open_clip_compiled"] * (loss == "softmax")]
+    for row in measure.cell_rows(case, names, 1, error=True):
+        assert max(row["error"].values()) < 1e-5, row
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    (row,) = measure.cell_rows(case, ["open_clip"], 1, error=True)
+    assert row["reason"] == "cannot be imported: open_clip is not installed"
+
+
+def test_memeff_s_cell_says_why_it_is_empty(quick):
+    softmax, sigmoid = (
+        measure.cell_rows(cases.Case("cpu", "fp32", 16, 16, 8, loss=loss), ["memeff"], 1, error=False)
+        for loss in cases.LOSSES
+    )
+    assert softmax[0]["reason"] == "unsupported device: cpu"
+    assert sigmoid[0]["reason"] == "has no sigmoid loss"
+
+
 def test_errors_show_a_wrong_gradient(quick, monkeypatch):
     case = cases.Case("cpu", "fp32", 48, 48, 16)
     right = peers.PEERS["ours"](case)

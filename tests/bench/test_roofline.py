@@ -69,6 +69,7 @@ def test_float32_tiles_take_two_exponentials():
         ("cut_cross_entropy", 16),
         ("liger", 12),
         ("inf_cl", 20),
+        ("memeff", 10),
     ],
 )
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
