@@ -15,23 +15,22 @@ MERGE_TILES, MERGE_LINES = 32, 32
 
 
 class Statistics:
-    """Running (max, sum) of some lines."""
+    """Running (max, sum) of some lines; the sum alone, and no top, where all are relative to the same number."""
 
-    def __init__(self, top: Tensor, total: Tensor):
+    def __init__(self, top: Tensor | None, total: Tensor):
         self.top, self.total = top, total
 
     @classmethod
-    def of(cls, like: Tensor, lines: int) -> Statistics:
-        return cls(
-            like.new_full((lines,), -math.inf, dtype=torch.float32), like.new_zeros((lines,), dtype=torch.float64)
-        )
+    def of(cls, like: Tensor, lines: int, tops: bool = True) -> Statistics:
+        top = like.new_full((lines,), -math.inf, dtype=torch.float32) if tops else None
+        return cls(top, like.new_zeros((lines,), dtype=torch.float64))
 
     def __getitem__(self, lines: slice) -> Statistics:
-        return Statistics(self.top[lines], self.total[lines])
+        return Statistics(None if self.top is None else self.top[lines], self.total[lines])
 
-    def merge(self, parts: tuple[Tensor, Tensor], tiles: int) -> None:
-        """parts: `empty_parts`, filled for these lines by so many tiles, tile by tile."""
-        lines = len(self.top)
+    def merge(self, parts: tuple[Tensor | None, Tensor], tiles: int, skip: Tensor | None = None) -> None:
+        """parts: `empty_parts`, filled for these lines by so many tiles, tile by tile. `skip`: as `merge_partials` takes it."""
+        lines = len(self.total)
         run(
             "merge_partials",
             cdiv(lines, MERGE_LINES),
@@ -39,6 +38,7 @@ class Statistics:
             p_part_total=parts[1],
             p_top=self.top,
             p_total=self.total,
+            p_skip=skip,
             n_lines=lines,
             n_tiles=tiles,
             BLOCK_TILES=MERGE_TILES,
@@ -47,6 +47,7 @@ class Statistics:
         )
 
     def logsumexp2(self) -> Tensor:
+        assert self.top is not None
         return self.total.log2().add_(self.top)
 
 
