@@ -56,6 +56,11 @@ class Strips:
     )
     maxnreg: int | None = None  # registers of a thread, where several blocks are to share a multiprocessor
 
+    def pay(self, n: int, m: int) -> bool:
+        """Whether the plane is large enough."""
+        tiles = math.ceil(n / self.tile.rows) * math.ceil(m / self.tile.cols)
+        return tiles >= self.waves * self.resident
+
 
 @dataclass(frozen=True)
 class Config:

@@ -37,11 +37,16 @@ SEGMENT_OVERHEAD = 0.25
 
 
 def pay(x: Operands, want: Want) -> bool:
-    """Whether the plane is large enough, and of the kind that the strips are for; shapes and the configuration decide."""
+    """Whether the plane is of the kind that strips are for, and large enough: shapes and the configuration decide."""
     strips = x.config.strips
     if strips is None or not want.both or x.labels is not None or any(term is not None for term in x.terms):
         return False
-    return cdiv(x.n, strips.tile.rows) * cdiv(x.m, strips.tile.cols) >= strips.waves * strips.resident
+    return strips.pay(x.n, x.m)
+
+
+def rows_of_sums(n: int, m: int, strips: Strips) -> int:
+    """Rows of a chunk, whose partial sums respect the budget."""
+    return rows_of_partials(n, m, (SHORTEST * strips.tile.rows, strips.tile.cols), True, True, itemsize=4)
 
 
 class Cut(NamedTuple):
@@ -74,7 +79,7 @@ def forward(x: Operands, positive: Tensor, joined: bool) -> tuple[Lines, Tensor]
     assert strips is not None
     tile = strips.tile
     reference, exact = reference_of(x)
-    chunk = rows_of_partials(x.n, x.m, (SHORTEST * tile.rows, tile.cols), True, True, itemsize=4)
+    chunk = rows_of_sums(x.n, x.m, strips)
     cuts = {rows.start: Cut.of(rows.stop - rows.start, x.m, strips) for rows in slices(x.n, chunk)}
     several = chunk < x.n
     row, col = (Statistics.of(x.lhs, k, tops=False) if several else None for k in (x.n, x.m))
