@@ -40,7 +40,7 @@ def merged_line(parts, fixed, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexp
         b_top, b_total = merged_parts(b_top, b_total, parts, o_line, n_lines, n_tiles, BLOCK_TILES)
         return tl.log2(b_total) + b_top
     else:
-        b_total = summed_parts(parts[1], o_line, n_lines, n_tiles, BLOCK_TILES)
+        b_total = summed_parts(parts[0], o_line, n_lines, n_tiles, BLOCK_TILES)
         # a line with nothing visible, an infinity and a NaN show in the same way; hence "not >=" and not "<"
         m_inexact = (o_line < n_lines) & ~(b_total >= SMALLEST_SUM)
         if tl.max(m_inexact.to(tl.int32), 0) > 0:
@@ -67,12 +67,12 @@ def finish_line(parts, joined, p_out, o_line, n_lines, n_tiles, fixed, BLOCK_TIL
 
 @triton.jit(do_not_specialize=["n", "m", "row_tiles", "col_tiles", "joined_cols"])
 def finish_lines(
-    row_parts,  # (tops, totals) of the rows' negatives, (row_tiles, n), or None
+    row_parts,  # (tops, totals) of the rows' negatives, (row_tiles, n), or None; with `fixed` (sums,)
     col_parts,  # likewise (col_tiles, m)
     joined,  # base-2 logits of positives that join rows (n,) and columns (joined_cols,); None: nothing joins
     p_positive,  # (n,) base-2 logits, or None
     out,  # float64, natural units, written: row (n,), col (m,), positive (n,), None where absent
-    fixed,  # (reference of all sums, which have no tops; 0-d int32, written 0 where one is too small), or None twice
+    fixed,  # (reference of all sums; 0-d int32, written 0 where one is too small), or None twice
     p_skip,  # 0-d int32: nothing is done unless 0; or None
     n,
     m,

@@ -11,7 +11,7 @@ from .operands import PAD
 from .partials import MERGE_LINES, MERGE_TILES
 from .run import run
 
-Parts = tuple[Tensor | None, Tensor]  # `partials`
+Parts = tuple[Tensor, Tensor] | tuple[Tensor]  # (tops, totals), or sums that are all relative to the same number
 
 BLOCK = 128  # lines of a program, which divides PAD
 ROWS, BLOCK_D = 8, 128  # of an inner product's program

@@ -28,14 +28,15 @@ class Statistics:
     def __getitem__(self, lines: slice) -> Statistics:
         return Statistics(None if self.top is None else self.top[lines], self.total[lines])
 
-    def merge(self, parts: tuple[Tensor | None, Tensor], tiles: int, skip: Tensor | None = None) -> None:
-        """parts: `empty_parts`, filled for these lines by so many tiles, tile by tile. `skip`: as `merge_partials` takes it."""
+    def merge(self, parts: tuple[Tensor, ...], tiles: int, skip: Tensor | None = None) -> None:
+        """parts: `empty_parts`, or sums without tops, filled for these lines by so many tiles, tile by tile. `skip`: as
+        `merge_partials` takes it."""
         lines = len(self.total)
         run(
             "merge_partials",
             cdiv(lines, MERGE_LINES),
-            p_part_top=parts[0],
-            p_part_total=parts[1],
+            p_part_top=None if self.top is None else parts[0],
+            p_part_total=parts[-1],
             p_top=self.top,
             p_total=self.total,
             p_skip=skip,

@@ -169,17 +169,17 @@ def forward_strips(
         tl.store(p_col + i_segment.to(tl.int64) * m + i_col + tl.arange(0, BLOCK_COLS), tl.sum(b_col, 0))
     else:
         i_rest = i_program - n_strips * segments
-        if i_rest < n_strips:  # of a whole strip, the diagonal
-            i_strip, i_slot = i_rest, segments
-            first, end = diagonal_of_strip(i_rest * BLOCK_COLS, n_row_tiles, shift, BLOCK_ROWS, BLOCK_COLS)
-        elif (i_rest < 2 * n_strips) & (slots > segments + 1):  # of a whole strip, the ragged row tile
-            i_strip, i_slot = i_rest - n_strips, segments + 1
-            first, end = n_row_tiles, n_row_tiles + 1
-        else:  # the ragged strip, by as many programs as a column has sums
-            i_strip, i_slot = n_strips, i_rest - n_strips * (slots - segments)
-            length = tl.cdiv(tl.cdiv(n, BLOCK_ROWS), slots)
-            first = i_slot * length
-            end = tl.minimum(first + length, tl.cdiv(n, BLOCK_ROWS))
+        # Of a whole strip, the diagonal; of a whole strip, the ragged row tile if there is one; the ragged strip, by as many
+        # programs as a column has sums. Selected, since Triton 3.5 fails at a loop whose bounds come out of branches.
+        on_diagonal, in_row = i_rest < n_strips, i_rest < n_strips * (slots - segments)
+        diagonal, beyond = diagonal_of_strip(i_rest * BLOCK_COLS, n_row_tiles, shift, BLOCK_ROWS, BLOCK_COLS)
+        i_strip = tl.where(in_row, i_rest % tl.maximum(n_strips, 1), n_strips)
+        i_slot = tl.where(in_row, segments + i_rest // tl.maximum(n_strips, 1), i_rest - n_strips * (slots - segments))
+        all_row_tiles = tl.cdiv(n, BLOCK_ROWS)
+        length = tl.cdiv(all_row_tiles, slots)
+        first = tl.where(on_diagonal, diagonal, tl.where(in_row, n_row_tiles, i_slot * length))
+        last = tl.minimum((i_slot + 1) * length, all_row_tiles)
+        end = tl.where(on_diagonal, beyond, tl.where(in_row, all_row_tiles, last))
         i_col = i_strip * BLOCK_COLS
         labels = (p_labels, shift, p_positive)
         b_rest = tl.zeros((BLOCK_COLS,), tl.float32)

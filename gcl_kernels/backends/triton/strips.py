@@ -104,12 +104,12 @@ def forward(x: Operands, positive: Tensor, joined: bool) -> tuple[Lines, Tensor]
         )
         slots = cut.slots
         if row is not None and col is not None:
-            row[rows].merge((None, row_sums), strips_of_row)
-            col.merge((None, col_sums), slots)
+            row[rows].merge((row_sums,), strips_of_row)
+            col.merge((col_sums,), slots)
     if row is not None and col is not None:
         row_sums, col_sums, strips_of_row, slots = row.total, col.total, 1, 1
     made = lines.finish(
-        ((None, row_sums), (None, col_sums)),
+        ((row_sums,), (col_sums,)),
         (strips_of_row, slots),
         (positive, positive) if joined else (None, None),
         positive,
