@@ -60,13 +60,16 @@ def on_gpu(p: Sizes, chip: Chip) -> Prediction:
     product = 2 * p.logits * p.d
     g = p.logits * p.s
 
+    if down_strips(p, config):
+        assert config.strips is not None
+        forward_phases = in_strips(p, chip, config.strips, n_forward)
+        f_rows = strips.rows_of_sums(p.n, p.m, config.strips)
+        n_forward = cdiv(p.n, f_rows)
+    else:
+        forward_phases = in_tiles(p, chip, forward, f_rows)
     phases = [
         p.exchange(1, 4),
-        *(
-            in_strips(p, chip, config.strips, n_forward)
-            if down_strips(p, config)
-            else in_tiles(p, chip, forward, f_rows)
-        ),
+        *forward_phases,
         Phase(
             "backward tiles",
             p.dtype,
@@ -130,9 +133,8 @@ def down_strips(p: Sizes, config: Config) -> bool:
     return plain and config.strips is not None and config.strips.pay(p.n, p.m)
 
 
-def in_strips(p: Sizes, chip: Chip, given: Strips | None, chunks_of_tiles: int) -> list[Phase]:
+def in_strips(p: Sizes, chip: Chip, given: Strips, chunks_of_tiles: int) -> list[Phase]:
     """`strips.forward`, and launches of `launch.forward_by_tiles` that find nothing to do."""
-    assert given is not None
     tile, rows = given.tile, strips.rows_of_sums(p.n, p.m, given)
     chunks, cut = cdiv(p.n, rows), strips.Cut.of(rows, p.m, given)
     sums = 4.0 * (p.n * cdiv(p.m, tile.cols) + p.m * chunks * cut.slots)

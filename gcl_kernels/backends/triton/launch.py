@@ -76,9 +76,9 @@ def forward_by_tiles(
         if col is not None and col_parts is not None:
             col.merge(col_parts, row_tiles, skip)
     if row is not None:
-        row_parts, col_tiles = (row.top, row.total), 1
+        row_parts, col_tiles = row.parts, 1
     if col is not None:
-        col_parts, row_tiles = (col.top, col.total), 1
+        col_parts, row_tiles = col.parts, 1
     # the kernel leaves positives out: they join their lines here, in float64
     joined, given = (None, None), None
     if pairs.labels is None:

@@ -8,10 +8,8 @@ from torch import Tensor
 from ..chunks import cdiv, round_up
 from ..contract import Lines
 from .operands import PAD
-from .partials import MERGE_LINES, MERGE_TILES
+from .partials import MERGE_LINES, MERGE_TILES, Parts
 from .run import run
-
-Parts = tuple[Tensor, Tensor] | tuple[Tensor]  # (tops, totals), or sums that are all relative to the same number
 
 BLOCK = 128  # lines of a program, which divides PAD
 ROWS, BLOCK_D = 8, 128  # of an inner product's program

@@ -13,6 +13,8 @@ from .run import run
 # 32 lines are one 128-byte line of a partial; 32 tiles of them keep 8 loads a thread in flight.
 MERGE_TILES, MERGE_LINES = 32, 32
 
+Parts = tuple[Tensor, Tensor] | tuple[Tensor]  # (tops, totals), or sums that are all relative to the same number
+
 
 class Statistics:
     """Running (max, sum) of some lines; the sum alone, and no top, where all are relative to the same number."""
@@ -28,7 +30,12 @@ class Statistics:
     def __getitem__(self, lines: slice) -> Statistics:
         return Statistics(None if self.top is None else self.top[lines], self.total[lines])
 
-    def merge(self, parts: tuple[Tensor, ...], tiles: int, skip: Tensor | None = None) -> None:
+    @property
+    def parts(self) -> Parts:
+        """As those of one tile."""
+        return (self.total,) if self.top is None else (self.top, self.total)
+
+    def merge(self, parts: Parts, tiles: int, skip: Tensor | None = None) -> None:
         """parts: `empty_parts`, or sums without tops, filled for these lines by so many tiles, tile by tile. `skip`: as
         `merge_partials` takes it."""
         lines = len(self.total)

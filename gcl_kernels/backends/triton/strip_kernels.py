@@ -65,16 +65,17 @@ def one_reference(
     p_exact,  # 0-d int32, written: 1, until a line's sum turns out to be too small
     n_lhs,  # programs of lhs
     n_rhs,
+    UNSHIFTED: tl.constexpr,  # the largest bound for which the reference is 0
     HEADROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """HEADROOM below the bound, and 0 where it would be lower: logits that no exponential overflows are taken as they are.
+    """HEADROOM below the bound. Where no exponential over- or underflows the logits are taken as they are, and round least.
 
     A maximum passes over a NaN, whose line then says that it is not exact.
     """
     bound = tl.sqrt(largest_of(p_norms, n_lhs, BLOCK)) * tl.sqrt(largest_of(p_norms + n_lhs, n_rhs, BLOCK))
     bound *= tl.abs(tl.load(p_scale)).to(tl.float32) * LOG2E
-    tl.store(p_reference, tl.maximum(bound - HEADROOM, 0.0))
+    tl.store(p_reference, tl.where(bound <= UNSHIFTED, 0.0, bound - HEADROOM))
     tl.store(p_exact, 1)
 
 

@@ -1,11 +1,11 @@
 """What `strip_kernels` is launched with, and when: the forward of a large plane against one reference, down strips of columns.
 
-The reference r is `HEADROOM` below the largest base-2 logit that the norms allow, or 0 if that is negative. The exponentials
-2^(s2 - r) then reach 2^100 at most, which leaves float32 room for a sum over millions. What falls below 2^-126 is flushed to
-zero, and none of that matters to a line whose sum is at least 2^-80 (`base2.SMALLEST_SUM`), which lies within 180 powers of two,
-124 nats, of the bound. Rows of unit length at logit_scale 62 or less always do. Beyond that a line does not whose cosines all
-are below 124 / logit_scale - 1, -0.24 at a logit_scale of 100, all but the positive's. `exact` says on the device whether every
-line does; if one does not, `launch` makes the statistics again from each tile's own maximum.
+The largest base-2 logit that the norms allow is a bound b. The reference r is 0 where b is at most 80, else b - 100. So an
+exponential 2^(s2 - r) is at most 2^100, which leaves float32 room for a sum over millions. What falls below 2^-126 is flushed
+to zero, and none of that matters to a line whose sum is at least 2^-80 (`base2.SMALLEST_SUM`): one that lies within 180 powers of
+two, 124 nats, of the bound. Lines of unit vectors always do at a logit_scale of up to 62. Beyond that a line does not whose
+cosines, its positives' excepted, are all below 1 - 124 / logit_scale: -0.24 at 100. `exact` says on the device whether
+every line does; if one does not, `launch` makes the statistics again from each tile's own maximum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from .operands import Operands
 from .partials import Statistics
 from .run import run
 
-HEADROOM = 100.0
+UNSHIFTED, HEADROOM = (
+    80.0,
+    100.0,
+)  # powers of two: the largest b whose reference is 0; of any other, how far it lies below b
 
 NORM_ROWS, NORM_D = 32, 128  # of a program's rows at a time
 
@@ -84,7 +87,7 @@ def forward(x: Operands, positive: Tensor, joined: bool) -> tuple[Lines, Tensor]
     several = chunk < x.n
     row, col = (Statistics.of(x.lhs, k, tops=False) if several else None for k in (x.n, x.m))
     strips_of_row, slots = cdiv(x.m, tile.cols), max(cut.slots for cut in cuts.values())
-    row_sums, col_sums = (x.lhs.new_empty(k, dtype=torch.float32) for k in (strips_of_row * chunk, slots * x.m))
+    row_sums, col_sums = ((x.lhs.new_empty(k, dtype=torch.float32),) for k in (strips_of_row * chunk, slots * x.m))
     for rows in slices(x.n, chunk):
         cut = cuts[rows.start]
         run(
@@ -93,7 +96,7 @@ def forward(x: Operands, positive: Tensor, joined: bool) -> tuple[Lines, Tensor]
             **x.arguments(rows, slice(0, x.m), tile),
             p_positive=positive[rows],
             p_reference=reference,
-            out=(row_sums, col_sums),
+            out=(*row_sums, *col_sums),
             segment=cut.segment,
             segments=cut.segments,
             slots=cut.slots,
@@ -102,14 +105,13 @@ def forward(x: Operands, positive: Tensor, joined: bool) -> tuple[Lines, Tensor]
             FLATTEN=x.config.descriptors,
             **({} if strips.maxnreg is None else {"maxnreg": strips.maxnreg}),
         )
-        slots = cut.slots
         if row is not None and col is not None:
-            row[rows].merge((row_sums,), strips_of_row)
-            col.merge((col_sums,), slots)
+            row[rows].merge(row_sums, strips_of_row)
+            col.merge(col_sums, cut.slots)
     if row is not None and col is not None:
-        row_sums, col_sums, strips_of_row, slots = row.total, col.total, 1, 1
+        row_sums, col_sums, strips_of_row, slots = row.parts, col.parts, 1, 1
     made = lines.finish(
-        ((row_sums,), (col_sums,)),
+        (row_sums, col_sums),
         (strips_of_row, slots),
         (positive, positive) if joined else (None, None),
         positive,
@@ -148,6 +150,7 @@ def reference_of(x: Operands) -> tuple[Tensor, Tensor]:
         p_exact=exact,
         n_lhs=n_lhs,
         n_rhs=n_rhs,
+        UNSHIFTED=UNSHIFTED,
         HEADROOM=HEADROOM,
         BLOCK=lines.ONE_PROGRAM,
         num_warps=4,
