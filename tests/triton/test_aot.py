@@ -99,7 +99,7 @@ def test_every_input_of_the_field_kernels_is_read_once_and_sixteen_bytes_at_a_ti
 
 
 def test_complaints_are_made():
-    assert len(aot.Report(CASES[2], 255, 8, 4, 10**6, Counter(), Counter()).complaints()) == 6
+    assert len(aot.Report(CASES[3], 255, 8, 4, 10**6, Counter(), Counter()).complaints()) == 6
     narrow = aot.Report(CASES[-1], 10, 0, 0, 0, Counter({"load8": 1}), Counter())
     assert narrow.complaints() == ["narrow loads"]
     copies = aot.Report(CASES[0], 10, 0, 0, 0, Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), Counter())
