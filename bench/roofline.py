@@ -1,7 +1,8 @@
 """A model of the time, from data sheets and counts: `python -m bench.roofline --n 65536 --d 768 --dtype bf16 --chip h200`.
 
-The floor of each phase of our plan, matrix products (GEMM), exponentials, device memory (HBM) and host work (launches), and what
-a step should take: overlapped (each phase as long as its slowest part) and serial (the sum of all parts). Beside it the same of
+The floor of each phase of our plan, matrix products (GEMM), exponentials, what else of a tile's epilogue no product runs beside,
+device memory (HBM) and host work (launches), and what a step should take: overlapped (each phase as long as its slowest part,
+such an epilogue being part of its products) and serial (the sum of all parts). Beside it the same of
 each peer, whose operations were counted in its sources. Forward and backward of both directions.
 
 Ours is modelled in `gcl_kernels.plan`, from the chunks and tiles that the backend really takes.
@@ -224,7 +225,7 @@ def device_seconds(plan: Prediction, chip: Chip) -> float:
 
 def report(p: Sizes, chip: Chip) -> str:
     mine = ours(p, chip)
-    kinds = ("GEMM", "exp", "HBM", "host")
+    kinds = ("GEMM", "exp", "epilogue", "HBM", "host")
     lines = [
         f"{LABEL}: {chip.name} by its data sheet, {chip.reach.gemm:.0%} of its products' and {chip.reach.bandwidth:.0%} of its "
         "memory's rate assumed.",

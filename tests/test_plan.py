@@ -72,7 +72,13 @@ def test_phases_are_those_of_the_launch_code(n, m, d, dtype):
     assert products.flops == 4 * n * m * padded_d
     assert prediction.flops == 8 * n * m * d
     assert f"G in {len(chunks):,} of {' x '.join(f'{k:,}' for k in max(chunks))}" in prediction.remark
-    assert f"forward in {kernels['forward_tile']:,} of" in prediction.remark
+    down_strips = kernels["forward_strips"] > 0
+    assert f"forward in {kernels['forward_strips' if down_strips else 'forward_tile']:,} of" in prediction.remark
+    assert (
+        ("forward strips" in {phase.name for phase in prediction.phases})
+        == down_strips
+        == (dtype != "fp32" and n > 4096)
+    )
     # the loss's own operators and autograd's are not among these
     operators = gpu.operators(p, -(-n // max(chunks)[0]), len(chunks)) + gpu.OPERATORS_A_TILE * len(chunks)
     assert operators == pytest.approx(made.count, rel=0.15)

@@ -18,18 +18,29 @@ from bench.cases import SHORT_NAMES
 from gcl_kernels.backends import Lines, Mean, Need, Want, settings
 from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.pointwise import PointwiseNeed, PointwiseUpstream
-from gcl_kernels.backends.triton import field_kernels, fields, kernels, line_kernels, run, sigmoid, softmax
+from gcl_kernels.backends.triton import (
+    field_kernels,
+    fields,
+    kernels,
+    line_kernels,
+    run,
+    sigmoid,
+    softmax,
+    strip_kernels,
+)
 from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
 
 TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-OPTIONS = ("num_warps", "num_stages")
-LINES = 1024
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+LINES, LINES_OF_STRIPS = 1024, 8192
 
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
-    kernel = next(getattr(x, case.kernel) for x in (kernels, line_kernels, field_kernels) if case.kernel in vars(x))
+    kernel = next(
+        getattr(x, case.kernel) for x in (kernels, strip_kernels, line_kernels, field_kernels) if case.kernel in vars(x)
+    )
     arguments = launched(case)
     options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
     signature, attributes, constants = {}, {}, {}
@@ -92,14 +103,15 @@ def launched(case: Case) -> dict[str, Any]:
 def launch_tiles(case: Case) -> None:
     options = case.options
     d = case.d + 16 if options.get("tail") else case.d
-    lhs, rhs = (torch.empty(LINES, d, dtype=case.dtype, device="meta") for _ in range(2))
+    n = LINES_OF_STRIPS if case.of_strips else LINES
+    lhs, rhs = (torch.empty(n, d, dtype=case.dtype, device="meta") for _ in range(2))
     labels, ids = (
-        torch.empty(LINES, k, dtype=torch.int64, device="meta") if k else None
+        torch.empty(n, k, dtype=torch.int64, device="meta") if k else None
         for k in (options.get("labels"), options.get("channels"))
     )
     pairs = Pairs(lhs, rhs, torch.empty((), device="meta"), labels, ids, ids)
     want, need = Want(*options.get("want", (True, True))), Need(True, True, True)
-    shapes = LINES, LINES, (LINES, pairs.positives)
+    shapes = n, n, (n, pairs.positives)
     lines = Lines(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))
     lines = lines._replace(row=lines.row if want.row else None, col=lines.col if want.col else None)
     if options.get("sigmoid"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.cases import SHORT_NAMES
-from gcl_kernels.backends.triton import lines, operands, partials
+from gcl_kernels.backends.triton import lines, operands, partials, strips
 from gcl_kernels.backends.triton.config import FAMILIES, Config, Family, TileShape, row_block
 
 DIMENSIONS = (64, 256, 512, 768, 1024, 1280)
@@ -35,6 +35,9 @@ VARIANTS = {
     "sigmoid": {"sigmoid": True},  # of the forward: sums alone
     "sigmoid stored": {"sigmoid": True, "gradient": True},  # both passes in one
     "sigmoid ids stored": {"sigmoid": True, "gradient": True, "channels": 1},
+    "strips": {
+        "strips": True
+    },  # what runs beside the strips: of the forward, what their inexact lines are made again by
     "D tail": {"tail": True},
 }
 
@@ -48,6 +51,11 @@ LINE_KERNELS = (
     "sum_losses",
     "spread_gradient",
 )
+
+TILE_KERNELS = ("forward_tile", "forward_strips", "backward_tile")
+
+# Beside the strips. D is an argument of theirs, too.
+STRIP_KERNELS = ("largest_norms", "one_reference", "finish_lines")
 
 # Of the field kernels. An odd D is the slow path: rows that start anywhere are read a number at a time.
 FIELD_OPTIONS = {"n_fields": 2, "mask": False, "normalize": True, "aligned": True}
@@ -77,7 +85,11 @@ class Case:
 
     @property
     def of_tiles(self) -> bool:
-        return self.kernel in ("forward_tile", "backward_tile")
+        return self.kernel in TILE_KERNELS
+
+    @property
+    def of_strips(self) -> bool:
+        return self.kernel == "forward_strips" or self.options.get("strips", False)
 
     @property
     def of_fields(self) -> bool:
@@ -89,6 +101,9 @@ class Case:
 
     @property
     def tile(self) -> TileShape:
+        if self.kernel == "forward_strips":
+            assert self.config.strips is not None
+            return self.config.strips.tile
         masked = self.options.get("channels", 0) > 0 or self.options.get("labels", 0) > 1
         return self.config.tile(self.kernel == "backward_tile", masked, self.options.get("stored", False))
 
@@ -112,6 +127,7 @@ class Case:
         if self.kernel in ("merge_partials", "finish_lines"):
             return f"{partials.MERGE_TILES}x{partials.MERGE_LINES} w4"
         return {
+            "largest_norms": f"{strips.NORM_ROWS}x{strips.NORM_D} w4",
             "inner_products": f"{lines.ROWS}x{lines.BLOCK_D} w4",
             "mark_ids": f"{operands.PAD} w4",
             "pack_lines": f"{lines.BLOCK} w4",
@@ -130,20 +146,27 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
         yield Case(family, "mark_ids", torch.float32, dimensions[0], "ids")
         for dtype in dtypes:
             for precision in PRECISIONS[family.target[0]] if dtype == torch.float32 else ("ieee",):
-                for kernel in ("forward_tile", "backward_tile"):
+                for kernel in TILE_KERNELS:
                     for position, d in enumerate(dimensions):
                         case = Case(family, kernel, dtype, d, "", precision)
-                        yield case
                         next_d = dimensions[position + 1] if position + 1 < len(dimensions) else math.inf
-                        if next_d == math.inf or replace(case, d=int(next_d)).config != case.config:
-                            yield from (
-                                replace(case, variant=v)
-                                for v in VARIANTS
-                                if v and (kernel == "forward_tile" or not {"stored", "sigmoid"} & VARIANTS[v].keys())
-                            )
+                        last = next_d == math.inf or replace(case, d=int(next_d)).config != case.config
+                        every = (replace(case, variant=v) for v in VARIANTS if last or not v)
+                        yield from filter(is_launched, every)
+            if dtype != torch.float32:
+                yield from (Case(family, kernel, dtype, dimensions[0], "strips") for kernel in STRIP_KERNELS)
             for kernel in ("aggregate_forward", "aggregate_backward"):
                 yield from (Case(family, kernel, dtype, d) for d in dimensions)
                 yield from (Case(family, kernel, dtype, dimensions[-1], v) for v in FIELD_VARIANTS if v)
+
+
+def is_launched(case: Case) -> bool:
+    """Whether the variant is one of the kernel's."""
+    if case.of_strips and case.config.strips is None:
+        return False
+    if case.kernel == "forward_strips":
+        return case.variant in ("", "D tail")
+    return case.kernel == "forward_tile" or not {"stored", "sigmoid", "strips"} & case.options.keys()
 
 
 def same_code(case: Case) -> Case:

@@ -18,6 +18,10 @@ LN2 = math.log(2.0)
 # what a factor of 2^-100 flushes to zero is below 2^-26 of the line's sum, less than the sum's own rounding.
 SAFE_SPREAD = 100.0
 
+# The least sum of a line's exponentials that all are relative to one number given beforehand: a million of those that float32
+# flushes to zero, below 2^-126 each, are then below 2^-26 of it.
+SMALLEST_SUM = 2.0**-80
+
 # Stands for a scale nearer to 0 where the scale is part of the stored G, whose products must still tell the scale's gradient.
 SMALLEST_SCALE = 2.0**-60
 

@@ -34,9 +34,9 @@ def equal_parts(length: int, largest_part: int, step: int) -> int:
     return round_up(cdiv(length, cdiv(length, largest_part)), step)
 
 
-def rows_of_partials(n: int, m: int, tile: tuple[int, int], want_row: bool, want_col: bool) -> int:
+def rows_of_partials(n: int, m: int, tile: tuple[int, int], want_row: bool, want_col: bool, itemsize: int = 8) -> int:
     """Rows whose partial (max, sum) pairs, 8 bytes a line and tile, fill the budget; a multiple of the tile unless all."""
-    bytes_a_row = 8 * cdiv(m, tile[1]) * want_row + 8 * cdiv(m, tile[0]) * want_col
+    bytes_a_row = itemsize * (cdiv(m, tile[1]) * want_row + cdiv(m, tile[0]) * want_col)
     chunk = workspace_bytes() // max(bytes_a_row, 1) // tile[0] * tile[0]
     return min(max(chunk, tile[0]), n)
 

@@ -22,16 +22,28 @@ class Phase:
     bytes: float = 0.0  # to and from device memory
     host: float = 0.0  # seconds of Python and launches
     link: float = 0.0  # bytes to and from other devices, one way
+    # Seconds for which tiles' epilogues, their exponentials included, have a multiprocessor for themselves: no product runs
+    # there. 0 where they run beside other tiles' products.
+    exposed: float = 0.0
 
     def parts(self, chip: Chip) -> dict[str, float]:
         """Seconds of each kind of work at the part of the chip's ceilings that is expected."""
+        exponentials = self.exponentials / (chip.units * chip.clock * chip.exponentials)
         return {
             "GEMM": self.flops / (chip.rate(self.dtype) * chip.reach.gemm),
-            "exp": self.exponentials / (chip.units * chip.clock * chip.exponentials),
+            "exp": exponentials,
+            "epilogue": max(self.exposed - exponentials, 0.0),
             "HBM": self.bytes / (chip.bandwidth * chip.reach.bandwidth),
             "link": self.link / (chip.link * chip.reach.link) if chip.link else 0.0,
             "host": self.host,
         }
+
+    def on_device(self, chip: Chip) -> float:
+        """Seconds, as long as the slowest of its parts: of those that overlap."""
+        parts = self.parts(chip)
+        if self.exposed:
+            parts["GEMM"] += parts["exp"] + parts["epilogue"]
+        return max(seconds for kind, seconds in parts.items() if kind != "host")
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,7 @@ class Prediction:
 
     def overlapped(self, chip: Chip) -> float:
         """Seconds if every phase takes as long as the slowest of its parts, and the host runs ahead of the device."""
-        parts = [phase.parts(chip) for phase in self.phases]
-        return max(sum(max(v for k, v in p.items() if k != "host") for p in parts), sum(p["host"] for p in parts))
+        return max(sum(phase.on_device(chip) for phase in self.phases), sum(phase.host for phase in self.phases))
 
     def serial(self, chip: Chip) -> float:
         """Seconds if nothing overlaps."""

@@ -32,7 +32,11 @@ def test_floor_as_worked_by_hand(n, d, seconds):
 
 def test_a_phase_by_hand():
     phase = Phase("by hand", "tf32", flops=494.7e12 * 0.4, exponentials=132 * 1.83e9 * 16 * 0.3, bytes=4.8e12, host=0.2)
-    assert phase.parts(H200) == pytest.approx({"GEMM": 0.5, "exp": 0.3, "HBM": 1 / 0.9, "link": 0.0, "host": 0.2})
+    parts = {"GEMM": 0.5, "exp": 0.3, "epilogue": 0.0, "HBM": 1 / 0.9, "link": 0.0, "host": 0.2}
+    assert phase.parts(H200) == pytest.approx(parts)
+    alone = dataclasses.replace(phase, exposed=0.7)  # 0.4 beside its exponentials, and 0.5 of products
+    assert alone.parts(H200) == pytest.approx({**parts, "epilogue": 0.4})
+    assert alone.on_device(H200) == pytest.approx(0.5 + 0.3 + 0.4)
     both = Prediction("two", (phase, Phase("host alone", host=2.0)), 0)
     assert both.overlapped(H200) == pytest.approx(2.2)  # the host's work, 2.2, is more than the device's, 1.11
     assert Prediction("one", (phase,), 0).overlapped(H200) == pytest.approx(1 / 0.9)
@@ -52,6 +56,21 @@ def test_exponentials_and_gradient_traffic_by_hand():
     assert totals["G @ rhs"].bytes == totals["G^T @ lhs"].bytes == g + accumulators + operand
     parts = totals["backward tiles"].bytes, totals["G @ rhs"].bytes, totals["G^T @ lhs"].bytes
     assert all(g < bytes_moved < 2 * g for bytes_moved in parts)
+
+
+def test_strips_by_hand():
+    """N = 8,192, D = 512: 2,048 tiles of 128 x 256 on 132 multiprocessors are 16 for the busiest."""
+    phases = {phase.name: phase for phase in roofline.ours(Sizes(8192, 8192, 512, "bf16"), H200).phases}
+    assert "forward tiles" not in phases
+    strips = phases["forward strips"]
+    assert strips.flops == 2 * 8192**2 * 512
+    assert strips.exposed == pytest.approx(16 * 2300 / H200.clock)
+    # four segments of a strip and its diagonal; every tile has a sum of each of its rows
+    sums = 4 * 8192 * (32 + 5)
+    assert phases["merges"].bytes == sums
+    assert strips.bytes == sums + (4 + 1) * 8192 * 512 * 2  # four bands of eight strips
+    for p in (Sizes(4096, 4096, 512, "bf16"), Sizes(8192, 8192, 512, "fp32"), Sizes(8192, 65_536, 512, "bf16", 8)):
+        assert "forward strips" not in {phase.name for phase in roofline.ours(p, H200).phases}
 
 
 def test_float32_tiles_take_two_exponentials():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from gcl_kernels import backends, pairwise_logsumexp, testing
-from gcl_kernels.backends.triton.config import Config, TileShape
+from gcl_kernels.backends.triton.config import Config, Strips, TileShape
 
 from .conftest import DEVICE, INTERPRETED
 
@@ -18,13 +18,23 @@ TILES = (
     (TileShape(128, 128, 64, 8, 2), TileShape(128, 128, 64, 8, 2, halves=True)),
 )
 
+# Of the forward's tile of each, down strips in every plane however small: two programs are said to run at a time.
+STRIPS = tuple(
+    Strips(forward, *fold, resident=2, waves=0)
+    for (forward, _), fold in zip(TILES, ((2, 8), (4, 1), (1, 1)), strict=True)
+)
+
 
 def configurations() -> tuple[Config, ...]:
-    """Every tile, with descriptors and with pointers, with one exponential a logit and with two."""
-    switches = itertools.product(TILES, (True, False), (True, False))
+    """Every tile, with descriptors and with pointers, with one exponential a logit and with two, the former with strips."""
+    switches = itertools.product(zip(TILES, STRIPS, strict=True), (True, False), (True, False))
     return tuple(
-        Config(*(dataclasses.replace(tile, one_exponential=one) for tile in 2 * tiles), descriptors=descriptors)
-        for tiles, descriptors, one in switches
+        Config(
+            *(dataclasses.replace(tile, one_exponential=one) for tile in 2 * tiles),
+            descriptors=descriptors,
+            strips=strips if one else None,
+        )
+        for (tiles, strips), descriptors, one in switches
         if INTERPRETED or not descriptors or torch.cuda.get_device_capability()[0] >= 9
     )
 

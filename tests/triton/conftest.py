@@ -17,6 +17,7 @@ KERNEL_TESTS = (
     "test_launch.py",
     "test_branches.py",
     "test_operators.py",
+    "test_strips.py",
     "test_fields.py",
 )
 COMPILER_TESTS = ("test_aot.py", "test_interpreter.py", "test_config.py", "test_jit.py")

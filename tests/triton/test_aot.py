@@ -26,10 +26,13 @@ CASES = [
     *(
         aot.Case(FAMILIES[family], kernel, torch.bfloat16, 768)
         for family in ("sm_80", "sm_90", "sm_100", "gfx942")
-        for kernel in ("forward_tile", "backward_tile")
+        for kernel in ("forward_tile", "forward_strips", "backward_tile")
     ),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float16, 256),
+    aot.Case(FAMILIES["sm_90"], "forward_strips", torch.float16, 256),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float16, 256),
+    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "strips"),
+    *(aot.Case(FAMILIES["sm_90"], kernel, torch.bfloat16, 64, "strips") for kernel in aot.grid.STRIP_KERNELS),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "ids"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows stored"),
     aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns stored"),
@@ -59,7 +62,7 @@ def test_no_spill_no_frame_and_the_chips_own_engines(reports, case):
 
 
 def test_hopper_reads_with_tma_and_multiplies_with_wgmma(reports):
-    for kernel in ("forward_tile", "backward_tile"):
+    for kernel in ("forward_tile", "forward_strips", "backward_tile"):
         report = reports[f"sm_90 {kernel} bf16 D=768"]
         tile = report.case.tile
         assert report.instructions["wgmma"] > 0
@@ -70,7 +73,7 @@ def test_hopper_reads_with_tma_and_multiplies_with_wgmma(reports):
 
 
 def test_two_small_blocks_share_a_hopper_multiprocessor(reports):
-    for kernel in ("forward_tile", "backward_tile"):
+    for kernel in ("forward_tile", "forward_strips", "backward_tile"):
         report = reports[f"sm_90 {kernel} fp16 D=256"]
         assert fit(report, 2, report.case.tile.warps)
 
@@ -96,7 +99,7 @@ def test_every_input_of_the_field_kernels_is_read_once_and_sixteen_bytes_at_a_ti
 
 
 def test_complaints_are_made():
-    assert len(aot.Report(CASES[2], 255, 8, 4, 10**6, Counter(), Counter()).complaints()) == 6
+    assert len(aot.Report(CASES[3], 255, 8, 4, 10**6, Counter(), Counter()).complaints()) == 6
     narrow = aot.Report(CASES[-1], 10, 0, 0, 0, Counter({"load8": 1}), Counter())
     assert narrow.complaints() == ["narrow loads"]
     copies = aot.Report(CASES[0], 10, 0, 0, 0, Counter({"mma": 1, "ex2": 1, "cp.async": 2, "load16": 1}), Counter())

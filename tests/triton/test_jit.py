@@ -3,6 +3,8 @@
 Ahead-of-time compilation is told types and alignments; here Triton's JIT finds them itself, in the arguments of the launch code.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from gcl_kernels import backends
 from gcl_kernels.backends import Lines, Mean, Need, Want
 from gcl_kernels.backends import triton as backend
-from gcl_kernels.backends.triton import field_kernels, kernels, line_kernels
+from gcl_kernels.backends.triton import field_kernels, kernels, line_kernels, strip_kernels
 from gcl_kernels.backends.triton.config import FAMILIES
 from gcl_kernels.pairs import Pairs
 
@@ -58,21 +60,37 @@ class Driver:
 @pytest.fixture(autouse=True)
 def driver(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    for name in TILES + LINES:
-        (getattr(kernels, name, None) or getattr(line_kernels, name)).device_caches.clear()
+    for name in TILES + LINES + STRIPS:
+        vars_of_kernels()[name].device_caches.clear()
 
 
 TILES = ("forward_tile", "backward_tile")
+STRIPS = ("largest_norms", "one_reference", "forward_strips")
 LINES = ("merge_partials", "finish_lines", "pack_lines", "inner_products", "sum_parts", "sum_losses", "spread_gradient")
+
+
+def vars_of_kernels():
+    return {**vars(kernels), **vars(strip_kernels), **vars(line_kernels), **vars(field_kernels)}
 
 
 def variants(*names):
     """How many times each kernel was compiled."""
-    found = {**vars(kernels), **vars(line_kernels), **vars(field_kernels)}
+    found = vars_of_kernels()
     return [len(found[name].device_caches[0][0]) for name in names]
 
 
-def step(n, m, d=768, dtype=torch.bfloat16, labels=None, channels=None, want=(True, True), stored=False, terms=()):
+def step(
+    n,
+    m,
+    d=768,
+    dtype=torch.bfloat16,
+    labels=None,
+    channels=None,
+    want=(True, True),
+    stored=False,
+    terms=(),
+    with_strips=False,
+):
     labels, left, right = (
         torch.zeros(length, k, dtype=torch.int64) if k else None
         for length, k in ((n, labels), (n, channels), (m, channels))
@@ -89,7 +107,10 @@ def step(n, m, d=768, dtype=torch.bfloat16, labels=None, channels=None, want=(Tr
     )
     row, col, positive = (torch.ones(k, dtype=torch.float64) for k in (n, m, (n, pairs.positives)))
     upstream = Lines(row if want[0] else None, col if want[1] else None, positive)
-    with backends.settings(config=FAMILIES["sm_90"].config(dtype, d, "ieee")):
+    config = FAMILIES["sm_90"].config(dtype, d, "ieee")
+    if with_strips:  # however small the plane
+        config = dataclasses.replace(config, strips=dataclasses.replace(config.strips, waves=0))
+    with backends.settings(config=config):
         if stored:
             backend.forward_with_gradient(pairs, upstream, Need(True, True, True))
         else:
@@ -138,6 +159,17 @@ def test_every_option_passes_the_jit(options):
         1,
         *([1, 0] if "stored" in options else [0, 1]),
     ]
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.bfloat16, 768), (torch.float16, 256), (torch.bfloat16, 760)])
+def test_strips_compile_once(dtype, d):
+    """Over ragged batches, in one chunk of rows and in several; the statistics are finished, and merged, in two ways."""
+    for n in (300, 301, 517, 1024):
+        step(n, n + 7, d, dtype, with_strips=True)
+    with backends.settings(workspace_mib=2**-6):
+        step(2100, 2107, d, dtype, with_strips=True)
+    assert variants(*STRIPS) == [1, 1, 1]
+    assert variants("forward_tile", "merge_partials", "finish_lines") == [1, 2, 4]
 
 
 @pytest.mark.parametrize("masked", [False, True])

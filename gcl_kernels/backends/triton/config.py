@@ -40,6 +40,29 @@ class TileShape:
 
 
 @dataclass(frozen=True)
+class Strips:
+    """How `strip_kernels.forward_strips` is launched.
+
+    `fold` rows of a tile that lie `apart` rows apart are held by one thread, which adds them up for the sums of columns before it
+    keeps those: fold times fewer registers.
+    """
+
+    tile: TileShape
+    fold: int
+    apart: int
+    resident: int  # programs that run at a time on a chip of the family
+    waves: int = (
+        8  # tiles that each of them has at least; a smaller plane's time is in its launches, of which strips have more
+    )
+    maxnreg: int | None = None  # registers of a thread, where several blocks are to share a multiprocessor
+
+    def pay(self, n: int, m: int) -> bool:
+        """Whether the plane is large enough."""
+        tiles = math.ceil(n / self.tile.rows) * math.ceil(m / self.tile.cols)
+        return tiles >= self.waves * self.resident
+
+
+@dataclass(frozen=True)
 class Config:
     forward: TileShape
     backward: TileShape
@@ -51,6 +74,8 @@ class Config:
     # The sigmoid's epilogue in column parts, whose numbers fit beside the logits; False where a thread has whole rows (columns of
     # a part would change threads) or registers for all.
     parts: bool = True
+    # The forward of both directions in a large plane without masks, terms or given labels; None: as any other.
+    strips: Strips | None = None
 
     def tile(self, backward: bool, masked: bool, stored: bool = False) -> TileShape:
         if stored and self.storing is not None and not masked:
@@ -76,8 +101,10 @@ class Family:
         return next(config for largest_d, config in bands if d <= largest_d)
 
 
-def everywhere(tile: TileShape, descriptors: bool = False, parts: bool = True) -> tuple[tuple[float, Config], ...]:
-    return ((math.inf, Config(tile, tile, tile, tile, descriptors, parts=parts)),)
+def everywhere(
+    tile: TileShape, descriptors: bool = False, parts: bool = True, strips: Strips | None = None
+) -> tuple[tuple[float, Config], ...]:
+    return ((math.inf, Config(tile, tile, tile, tile, descriptors, parts=parts, strips=strips)),)
 
 
 # float32 in IEEE arithmetic: fused multiply-adds on the ordinary units. A thread holds its share of both operands of
@@ -96,6 +123,11 @@ WIDE_90 = TileShape(128, 256, 64, 8, 4, halves=True)
 SMALL_FORWARD_90 = TileShape(128, 128, 64, 8, 3)
 SMALL_BACKWARD_90 = TileShape(128, 128, 64, 4, 3, halves=True)
 
+# Matrix instructions of Ampere and Hopper leave rows r and r + 8 with one thread. Three stages load the next tile while the
+# exponentials of this one are taken. Small D: 128 registers, so that two blocks share a multiprocessor.
+WIDE_STRIPS_90 = Strips(TileShape(128, 256, 64, 8, 3), 2, 8, resident=132)
+SMALL_STRIPS_90 = Strips(TileShape(128, 128, 64, 8, 3), 2, 8, resident=264, maxnreg=128)
+
 # Blackwell, 227 KB: accumulators are in tensor memory and come to registers a whole row a thread; 256 columns do not fit there,
 # nor more than 64 beside ids (forward: not even those if the logits must outlive their exponentials).
 SQUARE_100 = TileShape(128, 128, 64, 8, 3)
@@ -104,13 +136,18 @@ STORING_100 = TileShape(128, 128, 64, 8, 3, halves=True)
 MASKED_FORWARD_100 = TileShape(128, 64, 64, 8, 4, one_exponential=False)
 MASKED_BACKWARD_100 = TileShape(128, 64, 64, 8, 4)
 
+# A thread has one row: column sums are as many as the logits, and both fit.
+STRIPS_100 = Strips(SQUARE_100, 1, 1, resident=148)
+
 # Ampere: 64 accumulators a thread. 4 stages of 16 KB = 64 KB: two blocks fit 163 KB, and one fits the 99 KB of consumer chips.
 SQUARE_80 = TileShape(128, 128, 32, 8, 4)
 SQUARE_86 = TileShape(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
+STRIPS_80, STRIPS_86 = Strips(SQUARE_80, 2, 8, resident=108), Strips(SQUARE_86, 2, 8, resident=128)
 
 # CDNA3, 64 KB of LDS, 64 threads a wave, 512 registers a thread: 8 waves share 128 x 128; the AMD pipeliner keeps stages - 1
 # buffers of 32 KB.
 SQUARE_942 = TileShape(128, 128, 64, 8, 2)
+STRIPS_942 = Strips(SQUARE_942, 4, 1, resident=304)  # four rows in turn are a thread's
 # float32 in three passes of bfloat16: splitting the operands is ordinary arithmetic, which the products of a second block (of
 # 32 KB) hide.
 SPLIT_942 = TileShape(128, 64, 32, 8, 2, one_exponential=False)
@@ -139,7 +176,7 @@ FAMILIES = {
             "sm_80",
             ("cuda", 80, 32),
             163 * 1024,
-            half=everywhere(SQUARE_80),
+            half=everywhere(SQUARE_80, strips=STRIPS_80),
             tf32=everywhere(TF32),
             ieee=everywhere(IEEE),
         ),
@@ -147,7 +184,7 @@ FAMILIES = {
             "sm_86",
             ("cuda", 86, 32),
             99 * 1024,
-            half=everywhere(SQUARE_86),
+            half=everywhere(SQUARE_86, strips=STRIPS_86),
             tf32=everywhere(TF32),
             ieee=everywhere(IEEE),
         ),
@@ -156,8 +193,21 @@ FAMILIES = {
             ("cuda", 90, 32),
             227 * 1024,
             half=(
-                (256, Config(SMALL_FORWARD_90, SMALL_BACKWARD_90, SMALL_FORWARD_90, SMALL_FORWARD_90, True)),
-                (math.inf, Config(WIDE_90, WIDE_90, SMALL_FORWARD_90, SMALL_FORWARD_90, True)),
+                (
+                    256,
+                    Config(
+                        SMALL_FORWARD_90,
+                        SMALL_BACKWARD_90,
+                        SMALL_FORWARD_90,
+                        SMALL_FORWARD_90,
+                        True,
+                        strips=SMALL_STRIPS_90,
+                    ),
+                ),
+                (
+                    math.inf,
+                    Config(WIDE_90, WIDE_90, SMALL_FORWARD_90, SMALL_FORWARD_90, True, strips=WIDE_STRIPS_90),
+                ),
             ),
             tf32=everywhere(TF32, descriptors=True),
             ieee=everywhere(IEEE, descriptors=True),
@@ -170,7 +220,14 @@ FAMILIES = {
                 (
                     math.inf,
                     Config(
-                        SQUARE_100, SQUARE_100, MASKED_FORWARD_100, MASKED_BACKWARD_100, True, STORING_100, parts=False
+                        SQUARE_100,
+                        SQUARE_100,
+                        MASKED_FORWARD_100,
+                        MASKED_BACKWARD_100,
+                        True,
+                        STORING_100,
+                        parts=False,
+                        strips=STRIPS_100,
                     ),
                 ),
             ),
@@ -181,7 +238,7 @@ FAMILIES = {
             "gfx942",
             ("hip", "gfx942", 64),
             64 * 1024,
-            half=everywhere(SQUARE_942, parts=False),
+            half=everywhere(SQUARE_942, parts=False, strips=STRIPS_942),
             tf32=everywhere(SPLIT_942),
             ieee=everywhere(IEEE),
         ),
@@ -195,6 +252,7 @@ INTERPRETED = Config(
     TileShape(32, 64, 32, 4, 2, group=2),
     TileShape(64, 32, 32, 4, 2, group=2, halves=True),
     descriptors=True,
+    strips=Strips(TileShape(32, 64, 32, 4, 2, group=2), 2, 8, resident=1),
 )
 
 

@@ -69,7 +69,7 @@ def forward_tile(
     terms,  # `modify`
     out,  # pointers, written or read by EPILOGUE
     stored,  # (n, m) in the compute dtype, written by EPILOGUE; None where it stores nothing
-    p_skip,  # 0-d int32: nothing is done unless 0; or None
+    p_skip,  # 0-d int32: nothing is done unless 0; or None. A launch of it that stores nothing may have fewer programs than tiles
     n,
     m,
     d,
@@ -84,22 +84,40 @@ def forward_tile(
     EPILOGUE: tl.constexpr,
     HALVES: tl.constexpr,  # the epilogue in two column halves; stored's blocks are then halves too
 ):
-    if p_skip is not None and tl.load(p_skip) != 0:
-        return
-    tile = tile_of_program(n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
-    place = (tile[0] * BLOCK_ROWS, tile[1] * BLOCK_COLS, n, m)
     operands = (lhs, rhs, strides, scale, d)
     labels = (p_labels, shift, p_positive)
+    written = (out, (stored, strides[2]))
+    SHAPE: tl.constexpr = (BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION, LABELS, GROUP, HALVES)
+    if p_skip is not None and tl.load(p_skip) != 0:
+        return
+    if p_skip is None or stored is not None:
+        negatives_of_tile(tl.program_id(0), (n, m), operands, labels, terms, written, SHAPE, EPILOGUE)
+    else:  # seldom: few programs return at once, or share the tiles
+        n_tiles = tl.cdiv(n, BLOCK_ROWS) * tl.cdiv(m, BLOCK_COLS)
+        for i_program in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), disable_licm=True):
+            negatives_of_tile(i_program, (n, m), operands, labels, terms, written, SHAPE, EPILOGUE)
+
+
+@triton.jit
+def negatives_of_tile(i_program, sizes, operands, labels, terms, written, SHAPE: tl.constexpr, EPILOGUE: tl.constexpr):
+    """`forward_tile` of one tile."""
+    BLOCK_ROWS: tl.constexpr = SHAPE[0]
+    BLOCK_COLS: tl.constexpr = SHAPE[1]
+    LABELS: tl.constexpr = SHAPE[5]
+    n, m = sizes
+    out, target = written
+    tile = tile_of_program(i_program, n, m, BLOCK_ROWS, BLOCK_COLS, SHAPE[6])
+    place = (tile[0] * BLOCK_ROWS, tile[1] * BLOCK_COLS, n, m)
     has_label = holds_a_label(labels, place, BLOCK_ROWS, BLOCK_COLS, LABELS)
 
-    b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
+    b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, SHAPE[2], SHAPE[3], SHAPE[4])
     if has_label:
         read_positives(b_s, terms, labels, place, modify_positive, LABELS)
     b_s = negatives(b_s, terms, labels, place, has_label, LABELS)
-    if not EPILOGUE(b_s, out, (stored, strides[2]), tile, place, HALVES, True):
-        b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
+    if not EPILOGUE(b_s, out, target, tile, place, SHAPE[7], True):
+        b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, SHAPE[2], SHAPE[3], SHAPE[4])
         b_s = negatives(b_s, terms, labels, place, has_label, LABELS)
-        EPILOGUE(b_s, out, (stored, strides[2]), tile, place, HALVES, False)
+        EPILOGUE(b_s, out, target, tile, place, SHAPE[7], False)
 
 
 @triton.jit
@@ -114,28 +132,57 @@ def online_logsumexp(b_top, b_total, b_part_top, b_part_total):
 
 @triton.jit(do_not_specialize=["n_lines", "n_tiles"])
 def merge_partials(
-    p_part_top,  # (tiles, lines) float32
+    p_part_top,  # (tiles, lines) float32; None, as is p_top, where all are the same
     p_part_total,
     p_top,  # (lines,) float32: the running pair, updated
     p_total,  # (lines,) float64
+    p_skip,  # 0-d int32: nothing is done unless 0; or None
     n_lines,
     n_tiles,
     BLOCK_TILES: tl.constexpr,
     BLOCK_LINES: tl.constexpr,
 ):
+    if p_skip is not None and tl.load(p_skip) != 0:
+        return
     o_line = tl.program_id(0) * BLOCK_LINES + tl.arange(0, BLOCK_LINES)
     m_line = o_line < n_lines
-    b_top = tl.load(p_top + o_line, mask=m_line, other=float("-inf"))
     b_total = tl.load(p_total + o_line, mask=m_line, other=0.0)
-    for i_tile in range(0, n_tiles, BLOCK_TILES):
-        o_tile = i_tile + tl.arange(0, BLOCK_TILES)
-        o_part = o_tile.to(tl.int64)[:, None] * n_lines + o_line[None, :]
-        m_part = (o_tile < n_tiles)[:, None] & m_line[None, :]
-        b_part_top = tl.load(p_part_top + o_part, mask=m_part, other=float("-inf"))
-        b_part_total = tl.load(p_part_total + o_part, mask=m_part, other=0.0)
-        b_top, b_total = online_logsumexp(b_top, b_total, b_part_top, b_part_total)
-    tl.store(p_top + o_line, b_top, mask=m_line)
+    if p_part_top is None:
+        b_total += summed_parts(p_part_total, o_line, n_lines, n_tiles, BLOCK_TILES)
+    else:
+        b_top = tl.load(p_top + o_line, mask=m_line, other=float("-inf"))
+        parts = (p_part_top, p_part_total)
+        b_top, b_total = merged_parts(b_top, b_total, parts, o_line, n_lines, n_tiles, BLOCK_TILES)
+        tl.store(p_top + o_line, b_top, mask=m_line)
     tl.store(p_total + o_line, b_total, mask=m_line)
+
+
+@triton.jit
+def merged_parts(b_top, b_total, parts, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
+    """The running (max, sum) of some lines and that of their (tiles, lines) parts."""
+    for i_tile in range(0, n_tiles, BLOCK_TILES):
+        o_part, m_part = part_of_lines(i_tile, o_line, n_lines, n_tiles, BLOCK_TILES)
+        b_part_top = tl.load(parts[0] + o_part, mask=m_part, other=float("-inf"))
+        b_part_total = tl.load(parts[1] + o_part, mask=m_part, other=0.0)
+        b_top, b_total = online_logsumexp(b_top, b_total, b_part_top, b_part_total)
+    return b_top, b_total
+
+
+@triton.jit
+def summed_parts(p_part_total, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
+    """The sum of (tiles, lines) parts that are all relative to the same number, float64."""
+    b_total = tl.zeros(o_line.shape, tl.float64)
+    for i_tile in range(0, n_tiles, BLOCK_TILES):
+        o_part, m_part = part_of_lines(i_tile, o_line, n_lines, n_tiles, BLOCK_TILES)
+        b_total += tl.sum(tl.load(p_part_total + o_part, mask=m_part, other=0.0).to(tl.float64), 0)
+    return b_total
+
+
+@triton.jit
+def part_of_lines(i_tile, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
+    o_tile = i_tile + tl.arange(0, BLOCK_TILES)
+    o_part = o_tile.to(tl.int64)[:, None] * n_lines + o_line[None, :]
+    return o_part, (o_tile < n_tiles)[:, None] & (o_line < n_lines)[None, :]
 
 
 @triton.jit
@@ -186,7 +233,7 @@ def backward_tile(
     GRADIENT: tl.constexpr,
     HALVES: tl.constexpr,  # the tile's epilogue in two column halves; gradient's blocks are then halves too
 ):
-    i_row_tile, i_col_tile = tile_of_program(n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
+    i_row_tile, i_col_tile = tile_of_program(tl.program_id(0), n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
     place = (i_row_tile * BLOCK_ROWS, i_col_tile * BLOCK_COLS, n, m)
     operands = (lhs, rhs, strides, scale, d)
     arguments = (terms, lines, (p_labels, shift, p_entry), (gradient, strides[2]))

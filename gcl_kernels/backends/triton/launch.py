@@ -18,7 +18,7 @@ from ..contract import Gradients, Lines, Need, Want
 from ..positives import positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product, product
 from ..upstream import normalized
-from . import lines
+from . import lines, strips
 from .config import TileShape
 from .operands import Operands, padded
 from .partials import Statistics, empty_parts
@@ -28,6 +28,25 @@ from .run import run, storable
 def forward(pairs: Pairs, want: Want) -> Lines:
     """See `backends.contract`."""
     x = Operands.of(pairs)
+    # where labels may be -1, not every entry is written
+    new = x.lhs.new_empty if pairs.labels is None else x.lhs.new_zeros
+    positive = new((x.n, x.positives), dtype=torch.float32)
+    if strips.pay(x, want):
+        made, exact = strips.forward(x, positive, want.joined)
+        return forward_by_tiles(pairs, x, want, positive, skip=exact, into=made)
+    return forward_by_tiles(pairs, x, want, positive)
+
+
+def forward_by_tiles(
+    pairs: Pairs,
+    x: Operands,
+    want: Want,
+    positive: Tensor,
+    *,
+    skip: Tensor | None = None,
+    into: Lines | None = None,
+) -> Lines:
+    """Each tile from its own maximum. `skip`: 0-d int32, nothing is done unless 0, and `into` stays as it is."""
     tile = x.tile()
     chunk = rows_of_partials(x.n, x.m, tile.sides, want.row, want.col)
     col_tiles, row_tiles = cdiv(x.m, tile.cols), cdiv(chunk, tile.rows)
@@ -36,30 +55,30 @@ def forward(pairs: Pairs, want: Want) -> Lines:
     col = Statistics.of(x.lhs, x.m) if want.col and several else None
     row_parts = empty_parts(x.lhs, col_tiles, chunk) if want.row else None
     col_parts = empty_parts(x.lhs, row_tiles, x.m) if want.col else None
-    # where labels may be -1, not every entry is written
-    new = x.lhs.new_empty if pairs.labels is None else x.lhs.new_zeros
-    positive = new((x.n, x.positives), dtype=torch.float32)
     for rows in slices(x.n, chunk):
         row_tiles = cdiv(rows.stop - rows.start, tile.rows)
+        programs = row_tiles * col_tiles
+        if skip is not None and x.config.strips is not None:
+            programs = min(programs, x.config.strips.resident)
         run(
             "forward_tile",
-            row_tiles * col_tiles,
+            programs,
             **x.arguments(rows, slice(0, x.m), tile),
             p_positive=positive[rows],
             out=(*(row_parts or ()), *(col_parts or ())),
             stored=None,
-            p_skip=None,
+            p_skip=skip,
             EPILOGUE=epilogue(want, tile),
             HALVES=False,
         )
         if row is not None and row_parts is not None:
-            row[rows].merge(row_parts, col_tiles)
+            row[rows].merge(row_parts, col_tiles, skip)
         if col is not None and col_parts is not None:
-            col.merge(col_parts, row_tiles)
+            col.merge(col_parts, row_tiles, skip)
     if row is not None:
-        row_parts, col_tiles = (row.top, row.total), 1
+        row_parts, col_tiles = row.parts, 1
     if col is not None:
-        col_parts, row_tiles = (col.top, col.total), 1
+        col_parts, row_tiles = col.parts, 1
     # the kernel leaves positives out: they join their lines here, in float64
     joined, given = (None, None), None
     if pairs.labels is None:
@@ -70,7 +89,8 @@ def forward(pairs: Pairs, want: Want) -> Lines:
             by_row = positives_by_row(pairs.labels, positive2) if want.row else None
             joined = by_row, positives_by_column(pairs.labels, positive2, x.m) if want.col else None
         given = positive2.mul_(LN2)
-    return lines.finish((row_parts, col_parts), (col_tiles, row_tiles), joined, positive, x.m, given=given)
+    parts, tiles = (row_parts, col_parts), (col_tiles, row_tiles)
+    return lines.finish(parts, tiles, joined, positive, x.m, given=given, skip=skip, into=into)
 
 
 def epilogue(want: Want, tile: TileShape) -> str:

@@ -22,28 +22,30 @@ import triton
 import triton.language as tl
 
 from .. import base2
-from .kernels import online_logsumexp
+from .kernels import merged_parts, summed_parts
 from .tiles import LOG2E
 
 LN2 = tl.constexpr(base2.LN2)
 SMALLEST_SCALE = tl.constexpr(base2.SMALLEST_SCALE)
+SMALLEST_SUM = tl.constexpr(base2.SMALLEST_SUM)
 SAMPLE = tl.constexpr(128)
 
 
 @triton.jit
-def merged_line(parts, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
-    """Base-2 logsumexp of some lines' negatives, float64, of (tiles, lines) parts."""
-    m_line = o_line < n_lines
-    b_top = tl.full(o_line.shape, float("-inf"), tl.float32)
-    b_total = tl.zeros(o_line.shape, tl.float64)
-    for i_tile in range(0, n_tiles, BLOCK_TILES):
-        o_tile = i_tile + tl.arange(0, BLOCK_TILES)
-        o_part = o_tile.to(tl.int64)[:, None] * n_lines + o_line[None, :]
-        m_part = (o_tile < n_tiles)[:, None] & m_line[None, :]
-        b_part_top = tl.load(parts[0] + o_part, mask=m_part, other=float("-inf"))
-        b_part_total = tl.load(parts[1] + o_part, mask=m_part, other=0.0)
-        b_top, b_total = online_logsumexp(b_top, b_total, b_part_top, b_part_total)
-    return tl.log2(b_total) + b_top
+def merged_line(parts, fixed, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
+    """Base-2 logsumexp of some lines' negatives, float64, of (tiles, lines) parts. `fixed`: `finish_lines`."""
+    if fixed[0] is None:
+        b_top = tl.full(o_line.shape, float("-inf"), tl.float32)
+        b_total = tl.zeros(o_line.shape, tl.float64)
+        b_top, b_total = merged_parts(b_top, b_total, parts, o_line, n_lines, n_tiles, BLOCK_TILES)
+        return tl.log2(b_total) + b_top
+    else:
+        b_total = summed_parts(parts[0], o_line, n_lines, n_tiles, BLOCK_TILES)
+        # a line with nothing visible, an infinity and a NaN show in the same way; hence "not >=" and not "<"
+        m_inexact = (o_line < n_lines) & ~(b_total >= SMALLEST_SUM)
+        if tl.max(m_inexact.to(tl.int32), 0) > 0:
+            tl.store(fixed[1], 0)  # whichever programs find one, they store the same
+        return tl.log2(b_total) + tl.load(fixed[0])
 
 
 @triton.jit
@@ -54,8 +56,9 @@ def logaddexp2(b_x, b_y):
 
 
 @triton.jit
-def finish_line(parts, p_joined, p_out, o_line, n_lines, n_tiles, n_joined, BLOCK_TILES: tl.constexpr):
-    b_lse = merged_line(parts, o_line, n_lines, n_tiles, BLOCK_TILES)
+def finish_line(parts, joined, p_out, o_line, n_lines, n_tiles, fixed, BLOCK_TILES: tl.constexpr):
+    b_lse = merged_line(parts, fixed, o_line, n_lines, n_tiles, BLOCK_TILES)
+    p_joined, n_joined = joined
     if p_joined is not None:
         b_joined = tl.load(p_joined + o_line, mask=o_line < n_joined, other=float("-inf")).to(tl.float64)
         b_lse = logaddexp2(b_lse, b_joined)
@@ -64,11 +67,13 @@ def finish_line(parts, p_joined, p_out, o_line, n_lines, n_tiles, n_joined, BLOC
 
 @triton.jit(do_not_specialize=["n", "m", "row_tiles", "col_tiles", "joined_cols"])
 def finish_lines(
-    row_parts,  # (tops, totals) of the rows' negatives, (row_tiles, n), or None
+    row_parts,  # (tops, totals) of the rows' negatives, (row_tiles, n), or None; with `fixed` (sums,)
     col_parts,  # likewise (col_tiles, m)
     joined,  # base-2 logits of positives that join rows (n,) and columns (joined_cols,); None: nothing joins
     p_positive,  # (n,) base-2 logits, or None
     out,  # float64, natural units, written: row (n,), col (m,), positive (n,), None where absent
+    fixed,  # (reference of all sums; 0-d int32, written 0 where one is too small), or None twice
+    p_skip,  # 0-d int32: nothing is done unless 0; or None
     n,
     m,
     row_tiles,
@@ -77,19 +82,21 @@ def finish_lines(
     BLOCK_TILES: tl.constexpr,
     BLOCK_LINES: tl.constexpr,
 ):
+    if p_skip is not None and tl.load(p_skip) != 0:
+        return
     i_block = tl.program_id(0)
     n_blocks = tl.cdiv(n, BLOCK_LINES)
     o_line = tl.arange(0, BLOCK_LINES)
     if i_block < n_blocks:
         o_line += i_block * BLOCK_LINES
         if row_parts is not None:
-            finish_line(row_parts, joined[0], out[0], o_line, n, row_tiles, n, BLOCK_TILES)
+            finish_line(row_parts, (joined[0], n), out[0], o_line, n, row_tiles, fixed, BLOCK_TILES)
         if p_positive is not None:
             b_positive = tl.load(p_positive + o_line, mask=o_line < n, other=0.0).to(tl.float64)
             tl.store(out[2] + o_line, b_positive * LN2, mask=o_line < n)
     elif col_parts is not None:
         o_line += (i_block - n_blocks) * BLOCK_LINES
-        finish_line(col_parts, joined[1], out[1], o_line, m, col_tiles, joined_cols, BLOCK_TILES)
+        finish_line(col_parts, (joined[1], joined_cols), out[1], o_line, m, col_tiles, fixed, BLOCK_TILES)
 
 
 @triton.jit

@@ -8,10 +8,8 @@ from torch import Tensor
 from ..chunks import cdiv, round_up
 from ..contract import Lines
 from .operands import PAD
-from .partials import MERGE_LINES, MERGE_TILES
+from .partials import MERGE_LINES, MERGE_TILES, Parts
 from .run import run
-
-Parts = tuple[Tensor, Tensor]
 
 BLOCK = 128  # lines of a program, which divides PAD
 ROWS, BLOCK_D = 8, 128  # of an inner product's program
@@ -26,17 +24,25 @@ def finish(
     m: int,
     *,
     given: Tensor | None,
+    fixed: tuple[Tensor | None, Tensor | None] = (None, None),
+    skip: Tensor | None = None,
+    into: Lines | None = None,
 ) -> Lines:
     """Statistics of lines in natural units, float64, from partial sums and base-2 logits of positives that join them.
 
-    `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already.
+    `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already. `fixed` and
+    `skip`: as `line_kernels.finish_lines` takes them. `into`: what is written again, unless skipped.
     """
     n = len(positive2)
-    row, col = (
-        None if x is None else positive2.new_empty(length, dtype=torch.float64)
-        for x, length in zip(parts, (n, m), strict=True)
-    )
-    positive = positive2.new_empty(positive2.shape, dtype=torch.float64) if given is None else given
+    if into is not None:
+        row, col, positive = into
+        assert positive is not None
+    else:
+        row, col = (
+            None if x is None else positive2.new_empty(length, dtype=torch.float64)
+            for x, length in zip(parts, (n, m), strict=True)
+        )
+        positive = positive2.new_empty(positive2.shape, dtype=torch.float64) if given is None else given
     run(
         "finish_lines",
         cdiv(n, MERGE_LINES) + (0 if col is None else cdiv(m, MERGE_LINES)),
@@ -45,6 +51,8 @@ def finish(
         joined=joined,
         p_positive=positive2 if given is None else None,
         out=(row, col, positive if given is None else None),
+        fixed=fixed,
+        p_skip=skip,
         n=n,
         m=m,
         row_tiles=tiles[0],

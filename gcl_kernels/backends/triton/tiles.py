@@ -33,11 +33,10 @@ NARROW = tl.constexpr(32)
 
 
 @triton.jit
-def tile_of_program(n, m, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr):
+def tile_of_program(i_program, n, m, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr):
     """Row tile and column tile of this program: bands of GROUP row tiles, column by column, so that neighbours share L2."""
     n_row_tiles = tl.cdiv(n, BLOCK_ROWS)
     n_col_tiles = tl.cdiv(m, BLOCK_COLS)
-    i_program = tl.program_id(0)
     i_band = i_program // (GROUP * n_col_tiles)
     i_in_band = i_program % (GROUP * n_col_tiles)
     band_height = tl.minimum(n_row_tiles - i_band * GROUP, GROUP)
@@ -70,11 +69,23 @@ def logits(
     WHOLE_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s2 = scale log2(e) <x_i, y_j> of one tile, float32. The tail of D is read as zeros on both sides.
+    """s2 = scale log2(e) <x_i, y_j> of one tile, float32."""
+    b_acc = products(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
+    return scaled(b_acc, scale_in_base2(operands[3]))
 
-    Rounded to one float32 the scale would move all logits by up to 3e-8 of themselves: float32 inputs take its rest as well.
-    """
-    lhs, rhs, strides, scale, d = operands
+
+@triton.jit
+def products(
+    operands,
+    place,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<x_i, y_j> of one tile, float32. The tail of D is read as zeros on both sides."""
+    lhs, rhs, strides, _, d = operands
     i_row, i_col, n, m = place
     b_acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     if isinstance(lhs, tl.tensor_descriptor):
@@ -96,13 +107,29 @@ def logits(
             b_acc = dot(b_x, b_y, b_acc, PRECISION)
             p_x += BLOCK_D
             p_y += BLOCK_D
+    return b_acc
+
+
+@triton.jit
+def scale_in_base2(scale):
+    """scale log2(e) as the sum of two float32 numbers, of which the second is there for float32 inputs alone.
+
+    Rounded to one float32 the scale would move all logits by up to 3e-8 of themselves: float32 inputs take its rest as well.
+    """
     exact = tl.load(scale[0]).to(tl.float64) * LOG2E
     high = exact.to(tl.float32)
     if scale[1] is None:
-        return b_acc * high
+        return (high,)
     else:
-        low = (tl.load(scale[1]).to(tl.float64) * LOG2E - high.to(tl.float64)).to(tl.float32)
-        return b_acc * high + b_acc * low
+        return high, (tl.load(scale[1]).to(tl.float64) * LOG2E - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def scaled(b_acc, scale2):
+    if len(scale2) == 1:
+        return b_acc * scale2[0]
+    else:
+        return b_acc * scale2[0] + b_acc * scale2[1]
 
 
 @triton.jit
