@@ -11,19 +11,20 @@ Besides rhs (and, in the backward, its gradient in float32) what travels is O(M)
 `pointwise` the sigmoid's sums.
 """
 
-from .agreement import Ranks, agree, first_column, shared_failure
+from .agreement import Ranks, agree, agree_on_parts, first_column, shared_failure
 from .exchange import all_rows, sum_gradients, sum_values, total
 from .pointwise import softplus
-from .primitive import statistics
+from .primitive import statistics_of_parts
 
 __all__ = [
     "Ranks",
     "agree",
+    "agree_on_parts",
     "all_rows",
     "first_column",
     "shared_failure",
     "softplus",
-    "statistics",
+    "statistics_of_parts",
     "sum_gradients",
     "sum_values",
     "total",

@@ -16,7 +16,7 @@ from ..backends.pointwise import PointwiseGradients, PointwiseNeed, PointwiseUps
 from ..pairs import Pairs
 from .agreement import Ranks
 from .exchange import Shift, bring_home, gather, outside_compiled_graphs
-from .primitive import blocks, gathered
+from .primitive import blocks, gathered, plus
 
 
 @outside_compiled_graphs
@@ -25,7 +25,7 @@ def softplus(
 ) -> tuple[Tensor, Tensor]:
     """`pointwise_ops.softplus` of this rank's rows: (row (N,), positive (N, P)).
 
-    Labels as in `primitive.statistics`. `known_row` and `weights` are right up to one factor that is alike on all ranks. Whether
+    Labels as in `primitive`. `known_row` and `weights` are right up to one factor that is alike on all ranks. Whether
     the factor is, the ranks tell each other in the backward, which reads it on the host; where it is not they make the gradients
     again.
     """
@@ -42,7 +42,7 @@ def softplus(
 class _Softplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, names, backend, ranks, known, bias, *tensors):
-        pairs = gathered(Pairs(**dict(zip(names, tensors, strict=True))), ranks)
+        pairs = gathered([Pairs(**dict(zip(names, tensors, strict=True)))], ranks)[0]
         needs = dict(zip((*("",) * 4, "logit_bias", *names), ctx.needs_input_grad, strict=True))
         need = needed(needs)
         with torch.autocast(pairs.lhs.device.type, enabled=False):
@@ -91,7 +91,7 @@ def one_round(
     wide = torch.promote_types(pairs.lhs.dtype, torch.float32)
     row = positive = dlhs = drhs = dscale = dbias = None
     homebound: Shift | None = None
-    for owner, _, block in blocks(pairs, ranks):
+    for owner, _, (block,) in blocks([pairs], ranks):
         r, p, part = function(block, bias, upstream, need, dtype=wide)
         row, positive = plus(row, r), plus(positive, p)  # p is 0 where the label lies in another block
         dlhs, dscale, dbias = plus(dlhs, part.lhs), plus(dscale, part.scale), plus(dbias, part.bias)
@@ -104,10 +104,6 @@ def one_round(
     if homebound is not None:
         drhs = homebound.wait()
     return row, positive, PointwiseGradients(dlhs, drhs, dscale, dbias)  # pyright: ignore
-
-
-def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return part if total is None else total if part is None else total.add_(part)
 
 
 def common_factor(actual: Tensor, known: Tensor, ranks: Ranks) -> Tensor | None:

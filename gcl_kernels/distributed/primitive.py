@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,107 +18,167 @@ from .exchange import Shift, bring_home, gather, outside_compiled_graphs
 
 
 @outside_compiled_graphs
-def statistics(pairs: Pairs, want: Want, backend: str, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.statistics` of this rank's rows and columns: (row (N,), col (M,), positive (N, P)), N and M its own.
+def statistics_of_parts(
+    parts: Sequence[Pairs], want: Want, backend: str, ranks: Ranks
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`ops.statistics` of this rank's rows and columns, for each part: (row (N,), col (M,), positive (N, P)), N and M its own.
 
-    Labels count the columns of all ranks' rhs in rank order. None: row i's positive is this rank's column i.
+    Labels count the columns of all ranks' rhs in rank order. None: row i's positive is this rank's column i. Parts have one rhs,
+    which travels once, as does its gradient; so does whatever else is one tensor.
     """
-    if pairs.labels is None:
-        labels = ranks.first_column + torch.arange(pairs.n, device=pairs.lhs.device)[:, None]
-        pairs = replace(pairs, labels=labels)
-    named = dict(pairs.tensors())
-    return _Statistics.apply(tuple(named), want, backend, ranks, *named.values())  # pyright: ignore
+    places: dict[tuple[str, int], int] = {}  # of a tensor among the function's inputs
+    tensors, layout = [], []
+    for pairs in parts:
+        if pairs.labels is None:
+            labels = ranks.first_column + torch.arange(pairs.n, device=pairs.lhs.device)[:, None]
+            pairs = replace(pairs, labels=labels)
+        for name, x in pairs.tensors():
+            if (name, id(x)) not in places:
+                places[name, id(x)] = len(tensors)
+                tensors.append(x)
+        layout.append({name: places[name, id(x)] for name, x in pairs.tensors()})
+    lines = _Statistics.apply(layout, want, backend, ranks, *tensors)
+    return [lines[3 * k : 3 * k + 3] for k in range(len(parts))]  # pyright: ignore
 
 
 class _Statistics(torch.autograd.Function):
+    """`layout`: of each part, which of `tensors` each of its fields is."""
+
     @staticmethod
-    def forward(ctx, names, want, backend, ranks, *tensors):
-        pairs = gathered(Pairs(**dict(zip(names, tensors, strict=True))), ranks)
-        forward, lhs = backends.load(backend).forward, pairs.lhs
-        kind = backends.statistics_dtype(lhs.device)
-        row = lhs.new_full((pairs.n if want.row else 0,), -math.inf, dtype=kind)
-        parts = lhs.new_empty((ranks.m if want.col else 0,), dtype=kind)  # of col: over this rank's rows
-        positive = lhs.new_zeros((pairs.n, pairs.positives), dtype=kind)
-        with torch.autocast(lhs.device.type, enabled=False):
-            for _, cols, block in blocks(pairs, ranks):
-                r, c, p = forward(block, want)
-                row = torch.logaddexp(row, r) if want.row else row
-                if want.col:
-                    parts[cols] = c
-                positive += p  # 0 where the label lies in another block
-        col = parts
+    def forward(ctx, layout, want, backend, ranks, *tensors):
+        parts = gathered([Pairs(**{name: tensors[at] for name, at in fields.items()}) for fields in layout], ranks)
+        forward, x = backends.load(backend).forward, parts[0].lhs
+        kind = backends.statistics_dtype(x.device)
+        rows = [x.new_full((pairs.n if want.row else 0,), -math.inf, dtype=kind) for pairs in parts]
+        over_rows = x.new_empty((ranks.m if want.col else 0, len(parts)), dtype=kind)  # col of this rank's rows alone
+        positives = [x.new_zeros((pairs.n, pairs.positives), dtype=kind) for pairs in parts]
+        with torch.autocast(x.device.type, enabled=False):
+            for _, cols, block in blocks(parts, ranks):
+                for k, pairs in enumerate(block):
+                    r, c, p = forward(pairs, want)
+                    rows[k] = torch.logaddexp(rows[k], r) if want.row else rows[k]
+                    if want.col:
+                        over_rows[cols, k] = c
+                    positives[k] += p  # 0 where the label lies in another block
         if want.col:
-            col = bring_home(parts, ranks.cols, ranks.group, ranks.rank, "the exchange of col").logsumexp(dim=0)
-        ctx.names, ctx.want, ctx.backend, ctx.ranks = names, want, backend, ranks
-        ctx.save_for_backward(*(x for _, x in pairs.tensors()), row, col, positive)
+            everybodys = bring_home(over_rows, ranks.cols, ranks.group, ranks.rank, "the exchange of col")
+            over_rows = everybodys.logsumexp(dim=0)
+        cols_of_parts = [col.contiguous() for col in over_rows.unbind(1)]
+        outputs = [x for lines in zip(rows, cols_of_parts, positives, strict=True) for x in lines]
+        places: dict[int, int] = {}
+        saved = []
+        for pairs in parts:
+            for _, x in pairs.tensors():
+                if id(x) not in places:
+                    places[id(x)] = len(saved)
+                    saved.append(x)
+        ctx.saved = [{name: places[id(x)] for name, x in pairs.tensors()} for pairs in parts]
+        ctx.layout, ctx.want, ctx.backend, ctx.ranks = layout, want, backend, ranks
+        ctx.save_for_backward(*saved, *outputs)
         ctx.set_materialize_grads(False)
-        return row, col, positive
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_row, g_col, g_positive):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, row, col, positive = ctx.saved_tensors
-        pairs, ranks, want = Pairs(**dict(zip(ctx.names, tensors, strict=True))), ctx.ranks, ctx.want
-        needs = dict(zip(ctx.names, ctx.needs_input_grad[4:], strict=True))
-        need = Need(needs["lhs"], needs["rhs"], needs["logit_scale"])
-        backward = backends.load(ctx.backend).backward
-        g_row, row = (g_row, row) if want.row else (None, None)
+    def backward(ctx, *upstream):
+        tensors, ranks, want = ctx.saved_tensors, ctx.ranks, ctx.want
+        parts = [Pairs(**{name: tensors[at] for name, at in fields.items()}) for fields in ctx.saved]
+        lines = [Lines(*of_part) for of_part in in_threes(tensors[-len(upstream) :])]
+        gradients = [Lines(*of_part) for of_part in in_threes(upstream)]
+        needs = ctx.needs_input_grad[4:]
+        need = [Need(*(needs[fields[name]] for name in ("lhs", "rhs", "logit_scale"))) for fields in ctx.layout]
         if want.col:
             # Whether this rank's loss uses its col or not, the others' rows need to know.
-            lines = torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
-            col, g_col = gather(lines, ranks.cols, ranks.group, "the all-gather of col and its gradient").unbind(1)
+            mine = [
+                torch.stack([of.col, torch.zeros_like(of.col) if g.col is None else g.col.to(of.col)], dim=1)
+                for of, g in zip(lines, gradients, strict=True)
+            ]
+            what = "the all-gather of col and its gradient"
+            everybodys = gather(torch.stack(mine, dim=1), ranks.cols, ranks.group, what)  # (M, parts, 2)
 
-        wide = torch.promote_types(pairs.lhs.dtype, torch.float32)  # of parts, which are rounded once they are added up
-        dlhs = drhs = None
-        dscale = torch.zeros((), dtype=positive.dtype, device=pairs.lhs.device)
+        def upstream_within(part: int, cols: slice) -> tuple[Lines, Lines]:
+            of, g = lines[part], gradients[part]
+            row, g_row = (of.row, g.row) if want.row else (None, None)
+            col, g_col = (v.contiguous() for v in everybodys[cols, part].unbind(1)) if want.col else (None, None)
+            return Lines(row, col, of.positive), Lines(g_row, g_col, g.positive)
+
+        x = parts[0].lhs
+        wide = torch.promote_types(x.dtype, torch.float32)  # of what is added up, and rounded once it is
+        backward = backends.load(ctx.backend).backward
+        dlhs: list[Tensor | None] = [None] * len(parts)
+        dscales = [torch.zeros((), dtype=lines[0].positive.dtype, device=x.device) for _ in parts]
+        drhs = None
         homebound: Shift | None = None
-        for owner, cols, block in blocks(pairs, ranks):
-            part = backward(
-                block,
-                Lines(row, col[cols] if want.col else None, positive),
-                Lines(g_row, g_col[cols] if want.col else None, g_positive),
-                need,
-                joined=want.joined,
-                dtype=wide,
-            )
-            if part.lhs is not None:
-                dlhs = part.lhs if dlhs is None else dlhs.add_(part.lhs)
-            if part.scale is not None:
-                dscale += part.scale
-            if part.rhs is not None and owner is None:
-                parts = bring_home(part.rhs, ranks.cols, ranks.group, ranks.rank, "the exchange of gradients of rhs")
-                drhs = parts.sum(dim=0)
-            elif part.rhs is not None and owner is not None:
-                drhs = part.rhs if homebound is None else part.rhs.add_(homebound.wait())
+        for owner, cols, block in blocks(parts, ranks):
+            of_block = None
+            for k, pairs in enumerate(block):
+                part = backward(pairs, *upstream_within(k, cols), need[k], joined=want.joined, dtype=wide)
+                dlhs[k] = plus(dlhs[k], part.lhs)
+                of_block = plus(of_block, part.rhs)
+                if part.scale is not None:
+                    dscales[k] += part.scale
+            if of_block is not None and owner is None:
+                everybodys_parts = bring_home(
+                    of_block, ranks.cols, ranks.group, ranks.rank, "the exchange of gradients of rhs"
+                )
+                drhs = everybodys_parts.sum(dim=0)
+            elif of_block is not None and owner is not None:
+                drhs = of_block if homebound is None else of_block.add_(homebound.wait())
                 homebound = Shift(drhs, ranks.cols[owner - 1], ranks, "the ring of gradients of rhs")
         if homebound is not None:
             drhs = homebound.wait()
-        gradients = {
-            "lhs": None if dlhs is None else dlhs.to(pairs.lhs.dtype),
-            "rhs": None if drhs is None else drhs.to(pairs.rhs.dtype),
-            "logit_scale": dscale.to(pairs.logit_scale) if need.scale else None,
+        result: list[Tensor | None] = [None] * len(needs)
+        for k, fields in enumerate(ctx.layout):
+            result[fields["rhs"]] = drhs
+            result[fields["lhs"]] = plus(result[fields["lhs"]], dlhs[k])
+            if need[k].scale:
+                result[fields["logit_scale"]] = plus(result[fields["logit_scale"]], dscales[k])
+        kinds = {
+            fields[name]: getattr(pairs, name).dtype
+            for fields, pairs in zip(ctx.layout, parts, strict=True)
+            for name in ("lhs", "rhs", "logit_scale")
         }
-        return (*[None] * 4, *(gradients.get(name) for name in ctx.names))
+        return *[None] * 4, *(None if g is None else g.to(kinds[at]) for at, g in enumerate(result))
 
 
-def gathered(pairs: Pairs, ranks: Ranks) -> Pairs:
+def in_threes(x: Sequence[Any]) -> list[Sequence[Any]]:
+    return [x[k : k + 3] for k in range(0, len(x), 3)]
+
+
+def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total if part is None else total.add_(part)
+
+
+def gathered(parts: Sequence[Pairs], ranks: Ranks) -> list[Pairs]:
     """With every rank's values of what belongs to columns; rhs itself only where it is not passed around a ring."""
-    of_columns = pairs.of_columns() if ranks.transport == "ring" else {**pairs.of_columns(), "rhs": pairs.rhs}
-    everybodys = {
-        name: gather(x, ranks.cols, ranks.group, f"the all-gather of {name}") for name, x in of_columns.items()
-    }
-    return replace(pairs, **everybodys)
+    everybodys: dict[int, Tensor] = {}
+    results = []
+    for pairs in parts:
+        of_columns = pairs.of_columns() if ranks.transport == "ring" else {**pairs.of_columns(), "rhs": pairs.rhs}
+        for name, x in of_columns.items():
+            if id(x) not in everybodys:
+                everybodys[id(x)] = gather(x, ranks.cols, ranks.group, f"the all-gather of {name}")
+        results.append(replace(pairs, **{name: everybodys[id(x)] for name, x in of_columns.items()}))
+    return results
 
 
-def blocks(pairs: Pairs, ranks: Ranks) -> Iterator[tuple[int | None, slice, Pairs]]:
-    """(whose columns, None for everybody's; where they stand among all; this rank's rows against them)."""
+def blocks(parts: Sequence[Pairs], ranks: Ranks) -> Iterator[tuple[int | None, slice, list[Pairs]]]:
+    """(whose columns, None for everybody's; where they stand among all; each part's rows on this rank against them).
+
+    Parts have one rhs, which is the first's.
+    """
     if ranks.transport == "all_gather":
-        yield None, slice(0, ranks.m), pairs
+        yield None, slice(0, ranks.m), list(parts)
         return
-    for owner, cols, rhs in around_the_ring(pairs.rhs, ranks):
-        of_columns = {name: x[cols] for name, x in pairs.of_columns().items()}
-        labels = None if pairs.labels is None else labels_within(pairs.labels, cols)
-        yield owner, cols, replace(pairs, rhs=rhs, labels=labels, **of_columns)
+    for owner, cols, rhs in around_the_ring(parts[0].rhs, ranks):
+        yield owner, cols, [within(pairs, rhs, cols) for pairs in parts]
+
+
+def within(pairs: Pairs, rhs: Tensor, cols: slice) -> Pairs:
+    """The rows against the columns `cols` alone, whose embeddings are `rhs`."""
+    of_columns = {name: x[cols] for name, x in pairs.of_columns().items()}
+    labels = None if pairs.labels is None else labels_within(pairs.labels, cols)
+    return replace(pairs, rhs=rhs, labels=labels, **of_columns)
 
 
 def around_the_ring(rhs: Tensor, ranks: Ranks) -> Iterator[tuple[int, slice, Tensor]]:
