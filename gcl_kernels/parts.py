@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import distributed, linear, sigmoid
+from . import distributed, linear, sigmoid, softplus
 from .derivatives import refuse_forward_mode
 from .false_negatives import FalseNegatives
 from .fields import FieldWeights
@@ -151,12 +151,24 @@ def multi_part_loss(
 
     loss = first.lhs.new_zeros(())
     divisors = [made.divisor(reduction, of) for made, of in zip(ready, ranks, strict=True)]
-    if bias is not None:
+    given = list(zip(ready, divisors, ranks, strict=True))
+    some = ranks[0]
+    if bias is not None and some is None:
         losses = [
-            sigmoid.row_losses(made.pairs, bias, (made.present, None), made.weights, made.factor(divisor), of, backend)
-            for made, divisor, of in zip(ready, divisors, ranks, strict=True)
+            sigmoid.row_losses(
+                made.pairs, bias, (made.present, None), made.weights, made.factor(divisor), None, backend
+            )
+            for made, divisor, _ in given
         ]
-    elif group is None:
+    elif bias is not None and some is not None:
+        rows = [
+            sigmoid.prepared(made.pairs, (made.present, None), made.weights, made.factor(divisor), of)
+            for made, divisor, of in given
+        ]
+        known = [of.known for of in rows if of.known is not None] or None
+        lines = softplus.statistics_of_parts([of.pairs for of in rows], bias, backend, known, ranks[0])
+        losses = [sigmoid.losses_of(*of_part) for of_part in zip(rows, lines, strict=True)]
+    elif some is None:
         losses = [
             _softmax_losses(made, options, reduction, divisor, backend)
             for made, divisor in zip(ready, divisors, strict=True)
@@ -166,7 +178,7 @@ def multi_part_loss(
             prepared(made.pairs, (made.present, None), made.weights, options, made.factor(divisor), of)
             for made, divisor, of in zip(ready, divisors, ranks, strict=True)
         ]
-        lines = statistics_of_parts([of.pairs for of in rows], rows[0].want, backend, ranks[0])
+        lines = statistics_of_parts([of.pairs for of in rows], rows[0].want, backend, some)
         losses = [losses_of(*of_part) for of_part in zip(rows, lines, ranks, strict=True)]
     for made, divisor, losses_of_rows in zip(ready, divisors, losses, strict=True):
         whole = losses_of_rows if divisor is None or losses_of_rows.ndim == 0 else losses_of_rows.sum() / divisor

@@ -32,7 +32,7 @@ def multi_part_loss(
         has = torch.ones(len(x), dtype=torch.bool, device=x.device) if part.present is None else part.present
         labels = diagonal_labels(len(x), x.device) if part.labels is None else part.labels
         of_rows = {"weights": part.weights, "labels": labels, "lhs_ids": part.lhs_ids}
-        given = {name: None if v is None else v[has] for name, v in of_rows.items()}
+        given: dict[str, Any] = {name: None if v is None else v[has] for name, v in of_rows.items()}
         given |= {"rhs_ids": part.rhs_ids, "reduction": reduction, **options}
         if not has.any():
             continue

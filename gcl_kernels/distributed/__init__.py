@@ -13,7 +13,7 @@ Besides rhs (and, in the backward, its gradient in float32) what travels is O(M)
 
 from .agreement import Ranks, agree, agree_on_parts, first_column, shared_failure
 from .exchange import all_rows, sum_gradients, sum_values, total
-from .pointwise import softplus
+from .pointwise import softplus_of_parts
 from .primitive import statistics_of_parts
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "all_rows",
     "first_column",
     "shared_failure",
-    "softplus",
+    "softplus_of_parts",
     "statistics_of_parts",
     "sum_gradients",
     "sum_values",

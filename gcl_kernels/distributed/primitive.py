@@ -26,27 +26,55 @@ def statistics_of_parts(
     Labels count the columns of all ranks' rhs in rank order. None: row i's positive is this rank's column i. Parts have one rhs,
     which travels once, as does its gradient; so does whatever else is one tensor.
     """
-    places: dict[tuple[str, int], int] = {}  # of a tensor among the function's inputs
-    tensors, layout = [], []
+    tensors, layout = laid_out(parts, ranks)
+    lines = _Statistics.apply(layout, want, backend, ranks, *tensors)
+    return [lines[3 * k : 3 * k + 3] for k in range(len(parts))]  # pyright: ignore
+
+
+Layout = list[dict[str, int]]  # of each part, which of some tensors each of its fields is
+
+
+def laid_out(parts: Sequence[Pairs], ranks: Ranks) -> tuple[list[Tensor], Layout]:
+    """`distinct` of the parts, default labels spelled out."""
+    explicit = []
     for pairs in parts:
         if pairs.labels is None:
             labels = ranks.first_column + torch.arange(pairs.n, device=pairs.lhs.device)[:, None]
             pairs = replace(pairs, labels=labels)
+        explicit.append(pairs)
+    return distinct(explicit)
+
+
+def distinct(parts: Sequence[Pairs]) -> tuple[list[Tensor], Layout]:
+    """The parts' tensors, once each; one that is lhs and rhs is there as both, since each has a gradient."""
+    places: dict[tuple[str, int], int] = {}
+    tensors, layout = [], []
+    for pairs in parts:
         for name, x in pairs.tensors():
             if (name, id(x)) not in places:
                 places[name, id(x)] = len(tensors)
                 tensors.append(x)
         layout.append({name: places[name, id(x)] for name, x in pairs.tensors()})
-    lines = _Statistics.apply(layout, want, backend, ranks, *tensors)
-    return [lines[3 * k : 3 * k + 3] for k in range(len(parts))]  # pyright: ignore
+    return tensors, layout
+
+
+def parts_of(layout: Layout, tensors: Sequence[Tensor]) -> list[Pairs]:
+    return [Pairs(**{name: tensors[at] for name, at in fields.items()}) for fields in layout]
+
+
+def dtypes_of(layout: Layout, parts: Sequence[Pairs]) -> dict[int, torch.dtype]:
+    """Of the tensors that are differentiable, by their places."""
+    return {
+        fields[name]: getattr(pairs, name).dtype
+        for fields, pairs in zip(layout, parts, strict=True)
+        for name in ("lhs", "rhs", "logit_scale")
+    }
 
 
 class _Statistics(torch.autograd.Function):
-    """`layout`: of each part, which of `tensors` each of its fields is."""
-
     @staticmethod
     def forward(ctx, layout, want, backend, ranks, *tensors):
-        parts = gathered([Pairs(**{name: tensors[at] for name, at in fields.items()}) for fields in layout], ranks)
+        parts = gathered(parts_of(layout, tensors), ranks)
         forward, x = backends.load(backend).forward, parts[0].lhs
         kind = backends.statistics_dtype(x.device)
         rows = [x.new_full((pairs.n if want.row else 0,), -math.inf, dtype=kind) for pairs in parts]
@@ -65,14 +93,7 @@ class _Statistics(torch.autograd.Function):
             over_rows = everybodys.logsumexp(dim=0)
         cols_of_parts = [col.contiguous() for col in over_rows.unbind(1)]
         outputs = [x for lines in zip(rows, cols_of_parts, positives, strict=True) for x in lines]
-        places: dict[int, int] = {}
-        saved = []
-        for pairs in parts:
-            for _, x in pairs.tensors():
-                if id(x) not in places:
-                    places[id(x)] = len(saved)
-                    saved.append(x)
-        ctx.saved = [{name: places[id(x)] for name, x in pairs.tensors()} for pairs in parts]
+        saved, ctx.saved = distinct(parts)
         ctx.layout, ctx.want, ctx.backend, ctx.ranks = layout, want, backend, ranks
         ctx.save_for_backward(*saved, *outputs)
         ctx.set_materialize_grads(False)
@@ -82,31 +103,31 @@ class _Statistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         tensors, ranks, want = ctx.saved_tensors, ctx.ranks, ctx.want
-        parts = [Pairs(**{name: tensors[at] for name, at in fields.items()}) for fields in ctx.saved]
-        lines = [Lines(*of_part) for of_part in in_threes(tensors[-len(upstream) :])]
-        gradients = [Lines(*of_part) for of_part in in_threes(upstream)]
+        parts = parts_of(ctx.saved, tensors)
+        lines = in_threes(tensors[-len(upstream) :])
+        gradients = in_threes(upstream)
         needs = ctx.needs_input_grad[4:]
         need = [Need(*(needs[fields[name]] for name in ("lhs", "rhs", "logit_scale"))) for fields in ctx.layout]
         if want.col:
             # Whether this rank's loss uses its col or not, the others' rows need to know.
             mine = [
-                torch.stack([of.col, torch.zeros_like(of.col) if g.col is None else g.col.to(of.col)], dim=1)
-                for of, g in zip(lines, gradients, strict=True)
+                torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
+                for (_, col, _), (_, g_col, _) in zip(lines, gradients, strict=True)
             ]
             what = "the all-gather of col and its gradient"
             everybodys = gather(torch.stack(mine, dim=1), ranks.cols, ranks.group, what)  # (M, parts, 2)
 
         def upstream_within(part: int, cols: slice) -> tuple[Lines, Lines]:
-            of, g = lines[part], gradients[part]
-            row, g_row = (of.row, g.row) if want.row else (None, None)
+            (row, _, positive), (g_row, _, g_positive) = lines[part], gradients[part]
+            row, g_row = (row, g_row) if want.row else (None, None)
             col, g_col = (v.contiguous() for v in everybodys[cols, part].unbind(1)) if want.col else (None, None)
-            return Lines(row, col, of.positive), Lines(g_row, g_col, g.positive)
+            return Lines(row, col, positive), Lines(g_row, g_col, g_positive)
 
         x = parts[0].lhs
         wide = torch.promote_types(x.dtype, torch.float32)  # of what is added up, and rounded once it is
         backward = backends.load(ctx.backend).backward
         dlhs: list[Tensor | None] = [None] * len(parts)
-        dscales = [torch.zeros((), dtype=lines[0].positive.dtype, device=x.device) for _ in parts]
+        dscales = [torch.zeros((), dtype=lines[0][2].dtype, device=x.device) for _ in parts]
         drhs = None
         homebound: Shift | None = None
         for owner, cols, block in blocks(parts, ranks):
@@ -133,11 +154,7 @@ class _Statistics(torch.autograd.Function):
             result[fields["lhs"]] = plus(result[fields["lhs"]], dlhs[k])
             if need[k].scale:
                 result[fields["logit_scale"]] = plus(result[fields["logit_scale"]], dscales[k])
-        kinds = {
-            fields[name]: getattr(pairs, name).dtype
-            for fields, pairs in zip(ctx.layout, parts, strict=True)
-            for name in ("lhs", "rhs", "logit_scale")
-        }
+        kinds = dtypes_of(ctx.layout, parts)
         return *[None] * 4, *(None if g is None else g.to(kinds[at]) for at, g in enumerate(result))
 
 

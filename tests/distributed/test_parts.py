@@ -156,7 +156,7 @@ def counted_on_rank(group, count, transport, options):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("options", [{}], ids=["softmax"])
+@pytest.mark.parametrize("options", [{}, {"logit_bias": -2.0}], ids=["softmax", "sigmoid"])
 def test_documents_and_their_gradients_travel_once_however_many_parts(pool, transport, options):
     one, seven = (pool.run(2, counted_on_rank, count, transport, options)[0] for count in (1, 7))
     assert one == seven

@@ -18,6 +18,7 @@ KERNEL_TESTS = (
     "test_branches.py",
     "test_operators.py",
     "test_fields.py",
+    "test_parts.py",
 )
 COMPILER_TESTS = ("test_aot.py", "test_interpreter.py", "test_config.py", "test_jit.py")
 
