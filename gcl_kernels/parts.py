@@ -151,35 +151,25 @@ def multi_part_loss(
 
     loss = first.lhs.new_zeros(())
     divisors = [made.divisor(reduction, of) for made, of in zip(ready, ranks, strict=True)]
-    given = list(zip(ready, divisors, ranks, strict=True))
+    given = [(made, (made.present, None), made.factor(divisor), of)
+             for made, divisor, of in zip(ready, divisors, ranks, strict=True)]  # fmt: skip
     some = ranks[0]
-    if bias is not None and some is None:
+    if some is None:
         losses = [
-            sigmoid.row_losses(
-                made.pairs, bias, (made.present, None), made.weights, made.factor(divisor), None, backend
-            )
-            for made, divisor, _ in given
+            _softmax_losses(made, options, reduction, factor, backend)
+            if bias is None
+            else sigmoid.row_losses(made.pairs, bias, present, made.weights, factor, None, backend)
+            for made, present, factor, _ in given
         ]
-    elif bias is not None and some is not None:
-        rows = [
-            sigmoid.prepared(made.pairs, (made.present, None), made.weights, made.factor(divisor), of)
-            for made, divisor, of in given
-        ]
-        known = [of.known for of in rows if of.known is not None] or None
-        lines = softplus.statistics_of_parts([of.pairs for of in rows], bias, backend, known, ranks[0])
-        losses = [sigmoid.losses_of(*of_part) for of_part in zip(rows, lines, strict=True)]
-    elif some is None:
-        losses = [
-            _softmax_losses(made, options, reduction, divisor, backend)
-            for made, divisor in zip(ready, divisors, strict=True)
-        ]
-    else:
-        rows = [
-            prepared(made.pairs, (made.present, None), made.weights, options, made.factor(divisor), of)
-            for made, divisor, of in zip(ready, divisors, ranks, strict=True)
-        ]
+    elif bias is None:
+        rows = [prepared(made.pairs, present, made.weights, options, factor, of) for made, present, factor, of in given]
         lines = statistics_of_parts([of.pairs for of in rows], rows[0].want, backend, some)
         losses = [losses_of(*of_part) for of_part in zip(rows, lines, ranks, strict=True)]
+    else:
+        rows = [sigmoid.prepared(made.pairs, present, made.weights, factor, of) for made, present, factor, of in given]
+        known = [of.known for of in rows if of.known is not None] or None
+        lines = softplus.statistics_of_parts([of.pairs for of in rows], bias, backend, known, some)
+        losses = [sigmoid.losses_of(*of_part) for of_part in zip(rows, lines, strict=True)]
     for made, divisor, losses_of_rows in zip(ready, divisors, losses, strict=True):
         whole = losses_of_rows if divisor is None or losses_of_rows.ndim == 0 else losses_of_rows.sum() / divisor
         loss = loss + made.share * whole
@@ -187,13 +177,13 @@ def multi_part_loss(
 
 
 def _softmax_losses(
-    made: _Ready, options: RowLoss, reduction: Reduction, divisor: float | Tensor | None, backend: Backend | None
+    made: _Ready, options: RowLoss, reduction: Reduction, factor: float | Tensor | None, backend: Backend | None
 ) -> Tensor:
     """(N,) l_i, or their mean or sum, 0-d, where that is made at once."""
     pairs, weights, plain = made.pairs, made.weights, options == NO_TERMS and made.present is None
     if plain and linear.takes(pairs, weights, reduction, backend):
         return linear.loss(pairs, weights, reduction, backend)
-    return row_losses(pairs, (made.present, None), weights, options, made.factor(divisor), None, backend)
+    return row_losses(pairs, (made.present, None), weights, options, factor, None, backend)
 
 
 @dataclass(frozen=True)

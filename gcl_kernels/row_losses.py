@@ -61,6 +61,7 @@ class Rows:
 
     pairs: Pairs
     present: Present
+    column: Tensor | None  # labels, 0 for none
     weights: Tensor  # (N, P), 0 beside label -1
     options: RowLoss
     known: Lines | None  # `known_upstream` of `lse.statistics`
@@ -98,6 +99,7 @@ def prepared(
 ) -> Rows:
     pairs = options.false_negatives.hidden_in(leave_out_absent(pairs, present, ranks), ranks)
     labels, a, smoothing = pairs.labels, options.lhs_to_rhs, options.label_smoothing
+    column = None if labels is None else labels.clamp(min=0)
     if weights is None:
         w = torch.ones((pairs.n, pairs.positives), device=pairs.lhs.device)
     else:
@@ -109,17 +111,15 @@ def prepared(
         # sum_i w_i (lse - (1 - e) s_it + ...) is linear: its gradients are known before the logsumexp is
         g = w.detach().to(statistics_dtype(w.device)) * factor
         g_row = a * g.sum(dim=1) if a > 0 else None
-        column = None if labels is None else labels.clamp(min=0)
         g_col = (1 - a) * _sum_by_column(g, column, pairs.m) if a < 1 else None
         known = Lines(g_row, g_col, (smoothing - 1) * g)
-    return Rows(pairs, present, w, options, known)
+    return Rows(pairs, present, column, w, options, known)
 
 
 def losses_of(rows: Rows, lines: tuple[Tensor, Tensor, Tensor], ranks: distributed.Ranks | None) -> Tensor:
     """(N,) l_i by the statistics of `rows.pairs`."""
-    pairs, (has_x, has_y), w, options = rows.pairs, rows.present, rows.weights, rows.options
+    pairs, (has_x, has_y), column, w, options = rows.pairs, rows.present, rows.column, rows.weights, rows.options
     labels, a, smoothing = pairs.labels, options.lhs_to_rhs, options.label_smoothing
-    column = None if labels is None else labels.clamp(min=0)
     row, col, positive = lines
     if pairs.hides:  # a line with nothing visible has no positive either: keep its -inf out of sums
         row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
