@@ -72,7 +72,8 @@ def multi_part_loss(
 
     Multi-part training, as of the fashion models that were made by Generalized Contrastive Learning: a product is found by its
     description, its title, its colours, materials, categories, details and keywords. What all parts share is made once: the
-    documents' fields are aggregated once, and over ranks one agreement is made and rhs and its gradient travel once.
+    documents' fields are aggregated once, and over ranks one agreement is made and rhs and its gradient travel once. Over ranks
+    `false_negative_margin` and `false_negative_ratio` send rhs once more for each part with labels or `present`.
 
     Args:
         parts: `Part`s by name. Names appear in errors. Scores become weights by `score_to_weight`.
