@@ -6,6 +6,7 @@ from .fields import aggregate_fields
 from .losses import GCLLoss, gcl_loss
 from .lse import PairwiseLSE, pairwise_logsumexp
 from .memory_bank import MemoryBank
+from .parts import Part, multi_part_loss
 from .positives import positives_of
 from .score_to_weight import score_to_weight
 from .siglip import SigLipLoss
@@ -16,6 +17,8 @@ from .views import nt_xent_loss, supcon_loss
 __all__ = [
     "gcl_loss",
     "GCLLoss",
+    "multi_part_loss",
+    "Part",
     "ClipLoss",
     "nt_xent_loss",
     "supcon_loss",

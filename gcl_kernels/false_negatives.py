@@ -58,11 +58,11 @@ def largest_positives(pairs: Pairs, ranks: distributed.Ranks | None) -> tuple[Te
         of_cols[: pairs.n] = of_rows
         return of_rows, of_cols
     if ranks is None:
-        blocks: Iterator[tuple[object, slice, Pairs]] = iter([(None, slice(0, pairs.m), pairs)])
+        blocks: Iterator[tuple[object, slice, list[Pairs]]] = iter([(None, slice(0, pairs.m), [pairs])])
     else:
-        blocks = primitive.blocks(primitive.gathered(pairs, ranks), ranks)
+        blocks = primitive.blocks(primitive.gathered([pairs], ranks), ranks)
         of_cols = pairs.lhs.new_full((ranks.m,), -math.inf, dtype=kind)  # over this rank's rows
-    for _, cols, block in blocks:
+    for _, cols, (block,) in blocks:
         assert block.labels is not None
         for p in range(block.positives):
             column, labelled = block.labels[:, p].clamp(min=0), block.labels[:, p] >= 0

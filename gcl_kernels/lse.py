@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -153,11 +154,21 @@ def statistics(
 
     `ranks`: the problem is cut over a process group whose ranks have agreed; row, col and positive are this rank's.
     """
-    if ranks is None:
-        lines = ops.statistics(pairs, want, backend, known_upstream)
-    else:
-        name = backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)
-        lines = distributed.statistics(pairs, want, name, ranks)
+    if ranks is not None:
+        return statistics_of_parts([pairs], want, backend, ranks)[0]
+    return _without_tiny(ops.statistics(pairs, want, backend, known_upstream), pairs)
+
+
+def statistics_of_parts(
+    parts: Sequence[Pairs], want: Want, backend: str | None, ranks: distributed.Ranks
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`statistics` of each part over ranks. Parts have one rhs, which travels once."""
+    name = backends.choose(backend, parts[0].lhs.device, parts[0].lhs.dtype)
+    of_parts = distributed.statistics_of_parts(parts, want, name, ranks)
+    return [_without_tiny(lines, pairs) for lines, pairs in zip(of_parts, parts, strict=True)]
+
+
+def _without_tiny(lines: tuple[Tensor, Tensor, Tensor], pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     if not pairs.limited:
         return lines
     row, col, positive = (without_tiny(x, pairs) for x in lines)

@@ -55,6 +55,23 @@ def leave_out_absent(pairs: Pairs, present: Present, ranks: distributed.Ranks | 
     return replace(pairs, labels=labels, lhs_ids=lhs_channels, rhs_ids=rhs_channels)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A pair of sides whose loss needs its statistics and nothing else."""
+
+    pairs: Pairs
+    present: Present
+    column: Tensor | None  # labels, 0 for none
+    weights: Tensor  # (N, P), 0 beside label -1
+    options: RowLoss
+    known: Lines | None  # `known_upstream` of `lse.statistics`
+
+    @property
+    def want(self) -> Want:
+        a = self.options.lhs_to_rhs
+        return Want(a > 0, a < 1)
+
+
 def row_losses(
     pairs: Pairs,
     present: Present,
@@ -68,8 +85,20 @@ def row_losses(
 
     `factor`: what the caller multiplies their sum by, which makes their gradients known here; None if it does not add them up.
     """
+    rows = prepared(pairs, present, weights, options, factor, ranks)
+    return losses_of(rows, statistics(rows.pairs, rows.want, backend, known_upstream=rows.known, ranks=ranks), ranks)
+
+
+def prepared(
+    pairs: Pairs,
+    present: Present,
+    weights: Tensor | None,
+    options: RowLoss,
+    factor: Tensor | float | None,
+    ranks: distributed.Ranks | None,
+) -> Rows:
     pairs = options.false_negatives.hidden_in(leave_out_absent(pairs, present, ranks), ranks)
-    (has_x, has_y), labels, a, smoothing = present, pairs.labels, options.lhs_to_rhs, options.label_smoothing
+    labels, a, smoothing = pairs.labels, options.lhs_to_rhs, options.label_smoothing
     column = None if labels is None else labels.clamp(min=0)
     if weights is None:
         w = torch.ones((pairs.n, pairs.positives), device=pairs.lhs.device)
@@ -84,7 +113,14 @@ def row_losses(
         g_row = a * g.sum(dim=1) if a > 0 else None
         g_col = (1 - a) * _sum_by_column(g, column, pairs.m) if a < 1 else None
         known = Lines(g_row, g_col, (smoothing - 1) * g)
-    row, col, positive = statistics(pairs, Want(a > 0, a < 1), backend, known_upstream=known, ranks=ranks)
+    return Rows(pairs, present, column, w, options, known)
+
+
+def losses_of(rows: Rows, lines: tuple[Tensor, Tensor, Tensor], ranks: distributed.Ranks | None) -> Tensor:
+    """(N,) l_i by the statistics of `rows.pairs`."""
+    pairs, (has_x, has_y), column, w, options = rows.pairs, rows.present, rows.column, rows.weights, rows.options
+    labels, a, smoothing = pairs.labels, options.lhs_to_rhs, options.label_smoothing
+    row, col, positive = lines
     if pairs.hides:  # a line with nothing visible has no positive either: keep its -inf out of sums
         row, col = (v.masked_fill(v == -math.inf, 0.0) for v in (row, col))
 

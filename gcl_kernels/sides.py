@@ -53,7 +53,7 @@ def sides_of(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    lhs, rhs = _local_side("lhs", lhs, group), _local_side("rhs", rhs, group)
+    lhs, rhs = local_side("lhs", lhs, group), local_side("rhs", rhs, group)
     weights, labels = local_tensor("weights", weights, group), local_tensor("labels", inputs["labels"], group)
     masks = local_tensor("lhs_field_mask", field_masks[0], group), local_tensor("rhs_field_mask", field_masks[1], group)
     left = _side("lhs", lhs, field_weights[0], masks[0], field_mode, backend)
@@ -75,11 +75,24 @@ def sides_of(
     return Sides(of_fields, weights, labels, left[0][1].dtype, alike)
 
 
+def one_vector(
+    name: str,
+    side: Side,
+    field_weights: FieldWeights,
+    field_mask: Tensor | None,
+    group: ProcessGroup | None,
+    backend: Backend | None,
+) -> Tensor:
+    """(N, D) one vector a row, for a side that several losses use."""
+    mask = local_tensor(f"{name}_field_mask", field_mask, group)
+    return _side(name, local_side(name, side, group), field_weights, mask, "aggregate", backend)[0][1]
+
+
 def tensors_of(side: Side) -> Iterable[object]:
     return side.values() if isinstance(side, Mapping) else (side,)
 
 
-def _local_side(name: str, side: Side, group: ProcessGroup | None) -> Side:
+def local_side(name: str, side: Side, group: ProcessGroup | None) -> Side:
     if isinstance(side, Mapping):
         return {field: local_tensor(f"{name}[{field}]", x, group) for field, x in side.items()}
     return local_tensor(name, side, group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -133,6 +135,27 @@ def row_losses(
     backend: str | None,
 ) -> Tensor:
     """(N,) l_i of one pair of sides, in the statistics' dtype. `factor`: by which the caller adds them up, or None."""
+    rows = prepared(pairs, present, weights, factor, ranks)
+    known_row, known_weights = rows.known or (None, None)
+    lines = statistics(rows.pairs, bias, backend, known_row=known_row, weights=known_weights, ranks=ranks)
+    return losses_of(rows, lines)
+
+
+class Rows(NamedTuple):
+    """A pair of sides whose loss needs its sums and nothing else."""
+
+    pairs: Pairs
+    weights: Tensor  # (N, P), 0 beside label -1
+    known: tuple[Tensor, Tensor] | None  # `known_row` and `weights` of `softplus.statistics`
+
+
+def prepared(
+    pairs: Pairs,
+    present: Present,
+    weights: Tensor | None,
+    factor: Tensor | float | None,
+    ranks: distributed.Ranks | None,
+) -> Rows:
     pairs = leave_out_absent(pairs, present, ranks)
     kind, labels = statistics_dtype(pairs.lhs.device), pairs.labels
     if weights is None:
@@ -141,12 +164,13 @@ def row_losses(
         w = weights.reshape(pairs.n, -1).to(kind)
     if labels is not None:
         w = torch.where(labels >= 0, w, 0.0)
-    known_row = known_weights = None
-    if factor is not None:
-        known_row = w.new_ones(pairs.n) * factor
-        known_weights = w.detach() * factor
-    row, positive = statistics(pairs, bias, backend, known_row=known_row, weights=known_weights, ranks=ranks)
-    of_positives = w * -torch.nn.functional.logsigmoid(positive)
-    if labels is not None:
-        of_positives = torch.where(labels >= 0, of_positives, 0.0)  # w = 0 is not enough: 0 * NaN is NaN
+    return Rows(pairs, w, None if factor is None else (w.new_ones(pairs.n) * factor, w.detach() * factor))
+
+
+def losses_of(rows: Rows, lines: tuple[Tensor, Tensor]) -> Tensor:
+    """(N,) l_i by the sums of `rows.pairs`."""
+    row, positive = lines
+    of_positives = rows.weights * -torch.nn.functional.logsigmoid(positive)
+    if rows.pairs.labels is not None:
+        of_positives = torch.where(rows.pairs.labels >= 0, of_positives, 0.0)  # w = 0 is not enough: 0 * NaN is NaN
     return row + of_positives.sum(dim=1)

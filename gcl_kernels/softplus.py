@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -97,11 +98,27 @@ def statistics(
 
     `ranks`: the problem is cut over a process group whose ranks have agreed; row and positive are this rank's.
     """
-    if ranks is None:
-        row, positive = pointwise_ops.softplus(pairs, bias, backend, known_row, weights)
-    else:
-        name = backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)
-        row, positive = distributed.softplus(pairs, bias, name, known_row, weights, ranks)
+    if ranks is not None:
+        known = None if known_row is None else [(known_row, weights)]
+        return statistics_of_parts([pairs], bias, backend, known, ranks)[0]
+    return _with_bias(pointwise_ops.softplus(pairs, bias, backend, known_row, weights), pairs, bias)
+
+
+def statistics_of_parts(
+    parts: Sequence[Pairs],
+    bias: Tensor,
+    backend: str | None,
+    known: Sequence[tuple[Tensor, Tensor | None]] | None,
+    ranks: distributed.Ranks,
+) -> list[tuple[Tensor, Tensor]]:
+    """`statistics` of each part over ranks. Parts have one rhs, which travels once."""
+    name = backends.choose(backend, parts[0].lhs.device, parts[0].lhs.dtype)
+    of_parts = distributed.softplus_of_parts(parts, bias, name, known, ranks)
+    return [_with_bias(lines, pairs, bias) for lines, pairs in zip(of_parts, parts, strict=True)]
+
+
+def _with_bias(lines: tuple[Tensor, Tensor], pairs: Pairs, bias: Tensor) -> tuple[Tensor, Tensor]:
+    row, positive = lines
     if pairs.limited:
         positive = without_tiny(positive, pairs)
     positive = positive + bias.to(positive.dtype)

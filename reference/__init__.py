@@ -15,9 +15,11 @@ from .dense import (
     score_to_weight,
     sigmoid_loss,
 )
+from .parts import multi_part_loss
 
 __all__ = [
     "gcl_loss",
+    "multi_part_loss",
     "pairwise_logsumexp",
     "PairwiseLSE",
     "sigmoid_loss",

@@ -278,13 +278,39 @@ def test_moving_average(recipe):
         torch.testing.assert_close(log_u.exp(), dense_u)
 
 
+def test_fashion(recipe):
+    image, title, *queries = (unit(N, D, seed=50 + k).requires_grad_() for k in range(6))
+    names, scores = ("description", "title", "colour", "keywords"), 1 + DIAGONAL.double()
+    has = IDS > 2
+    own = (IDS[:, None] == IDS) & ~EYE
+
+    def both_ways(s, weights=1.0):
+        rows = F.cross_entropy(s, torch.arange(len(s)), reduction="none")
+        return (weights * (rows + F.cross_entropy(s.T, torch.arange(len(s)), reduction="none"))).mean() / 2
+
+    def dense():
+        document = F.normalize(0.9 * F.normalize(image, dim=1) + 0.1 * F.normalize(title, dim=1), dim=1)
+        description, name, colour, keywords = (T * q @ document.T for q in queries)
+        of_keywords = keywords[has]
+        to_row = F.cross_entropy(of_keywords, DIAGONAL[has])
+        to_column = F.cross_entropy(of_keywords.T[has], torch.arange(int(has.sum())))
+        loss = 0.5 * both_ways(description) + both_ways(name, (1 + scores).log())
+        return loss + 0.2 * both_ways(colour.masked_fill(own, -math.inf)) + 0.3 * (to_row + to_column) / 2
+
+    def ours():
+        given = dict(zip(names, queries, strict=True))
+        return recipe["fashion"](given, {"image": image, "title": title}, T, scores, IDS, has)
+
+    assert_same(ours, dense, (image, title, *queries, T))
+
+
 def test_every_recipe_is_tested(recipe):
     defined = {
         name: value
         for name, value in recipe.items()
         if inspect.isfunction(value) and value.__code__.co_filename.endswith("recipes.md")
     }
-    others = {"with_queue", "graded", "listnet", "ranknet", "lambda_loss", "moving_average"}
+    others = {"with_queue", "graded", "listnet", "ranknet", "lambda_loss", "moving_average", "fashion"}
     assert set(defined) == others | {name.partition(",")[0] for name in CASES}
 
 

@@ -17,6 +17,7 @@ from gcl_kernels import (
     SigLipLoss,
     aggregate_fields,
     gcl_loss,
+    multi_part_loss,
     nt_xent_loss,
     pairwise_logsumexp,
     pairwise_softplus,
@@ -185,6 +186,7 @@ def test_an_option_that_decides_the_weights_cannot_be_changed_without_them():
     [
         gcl_loss,
         pairwise_logsumexp,
+        multi_part_loss,
         nt_xent_loss,
         supcon_loss,
         positives_of,

@@ -40,6 +40,8 @@ assert_type(pairwise_softplus(x, y, 1.0, -10.0), PairwiseSoftplus)
 assert_type(sigmoid_loss(x, {"title": y}, 1.0, torch.tensor(-10.0)), Tensor)
 assert_type(SigLipLoss()(x, y, 1.0, None), Tensor)
 assert_type(SigLipLoss()(x, y, 1.0, None, output_dict=True), dict[str, Tensor])
+assert_type(gcl_kernels.multi_part_loss({"a": gcl_kernels.Part(x, 0.5), "b": gcl_kernels.Part({"t": x})}, y, 1.0), Tensor)
+assert_type(gcl_kernels.multi_part_loss({"a": gcl_kernels.Part(x, weights=scores)}, y, 1.0, logit_bias=-10.0), Tensor)
 assert_type(gcl_kernels.__version__, str)
 
 gcl_loss(x, y, 1.0, redction="mean")  # wrong
@@ -57,6 +59,8 @@ gcl_kernels.nt_xent_loss(x, 1.0)  # wrong
 gcl_kernels.supcon_loss(x, y, 1.0, reduction="max")  # wrong
 SigLipLoss(worldsize=2)  # wrong
 sigmoid_loss(x, y, 1.0)  # wrong
+gcl_kernels.multi_part_loss({"a": x}, y, 1.0)  # wrong
+gcl_kernels.Part(x, wieghts=scores)  # wrong
 score_to_weight("lgo")  # wrong
 aggregate_fields([x], normalise=True)  # wrong
 pairwise_logsumexp(x, y, 1.0, backend="cuda")  # wrong

@@ -11,19 +11,20 @@ Besides rhs (and, in the backward, its gradient in float32) what travels is O(M)
 `pointwise` the sigmoid's sums, `graphs` all of them as operators of a compiled graph.
 """
 
-from .agreement import Ranks, first_column, shared_failure
+from .agreement import Ranks, agree_on_parts, first_column, shared_failure
 from .exchange import all_rows
-from .graphs import GraphRanks, agree, softplus, statistics, sum_gradients, sum_values, total
+from .graphs import GraphRanks, agree, softplus_of_parts, statistics_of_parts, sum_gradients, sum_values, total
 
 __all__ = [
     "GraphRanks",
     "Ranks",
     "agree",
+    "agree_on_parts",
     "all_rows",
     "first_column",
     "shared_failure",
-    "softplus",
-    "statistics",
+    "softplus_of_parts",
+    "statistics_of_parts",
     "sum_gradients",
     "sum_values",
     "total",

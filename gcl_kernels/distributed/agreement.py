@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,6 @@ def shared_failure(process_group: Any) -> Iterator[None]:
         raise
 
 
-@outside_compiled_graphs
 def agree(
     process_group: Any, transport: str, pairs: Pairs, logit_scale: Tensor | float, alike: Mapping[str, Any]
 ) -> Ranks:
@@ -86,19 +85,37 @@ def agree(
     Raises:
         ValueError: on every rank, naming the argument, the ranks and what differed.
     """
+    return agree_on_parts(process_group, transport, {"": pairs}, logit_scale, alike)[0]
+
+
+@outside_compiled_graphs
+def agree_on_parts(
+    process_group: Any,
+    transport: str,
+    parts: Mapping[str, Pairs],
+    logit_scale: Tensor | float,
+    alike: Mapping[str, Any],
+) -> list[Ranks]:
+    """`agree` of each part, in one exchange. Parts have one rhs.
+
+    Raises:
+        ValueError: on every rank, naming the argument, the ranks and what differed.
+    """
+    (_, pairs), *others = parts.items()
     needs = [torch.is_grad_enabled() and x.requires_grad for x in pairs.differentiable]
     if isinstance(logit_scale, Tensor):
         logit_scale = float(logit_scale.detach()) if may_read(logit_scale) else math.nan
     mine = {
-        "rows": pairs.n,
+        "rows": [part.n for part in parts.values()],
         "cols": pairs.m,
-        "label_range": _range(pairs.labels),
+        "label_range": _range([part.labels for part in parts.values()]),
         "scale": float(logit_scale),  # NaN where it may not be read
         "alike": {
             "transport": transport,
             "lhs and rhs": f"D = {pairs.d}, {str(pairs.lhs.dtype).removeprefix('torch.')} on {pairs.lhs.device.type}",
             **{name: _described(getattr(pairs, name)) for name in OPTIONAL},
             "requires_grad of lhs, rhs, logit_scale": str(needs),
+            **{f"parts[{name}]": _summary(part) for name, part in others},
             **{name: str(value) for name, value in alike.items()},
         },
     }
@@ -116,18 +133,22 @@ def agree(
             raise ValueError(
                 f"logit_scale: expected the same on every rank, got {scales[0]} on rank 0 and {scales[1]} on rank {q}"
             )
-    ranks = Ranks(
-        process_group,
-        transport if len(got) > 1 else "all_gather",  # nobody to pass rhs on to
-        rank,
-        tuple(other["rows"] for other in got),
-        tuple(other["cols"] for other in got),
-    )
+    ranks = [
+        Ranks(
+            process_group,
+            transport if len(got) > 1 else "all_gather",  # nobody to pass rhs on to
+            rank,
+            tuple(other["rows"][part] for other in got),
+            tuple(other["cols"] for other in got),
+        )
+        for part in range(len(parts))
+    ]
+    m = ranks[0].m
     for q, other in enumerate(got):
         low, high = other["label_range"]
-        if low < -1 or high >= ranks.m:
+        if low < -1 or high >= m:
             raise ValueError(
-                f"labels: expected columns 0..{ranks.m - 1} of all ranks' rhs, or -1 for none, got values from {low} to "
+                f"labels: expected columns 0..{m - 1} of all ranks' rhs, or -1 for none, got values from {low} to "
                 f"{high} on rank {q}"
             )
     return ranks
@@ -137,8 +158,15 @@ def _described(x: Tensor | None) -> str:
     return "None" if x is None else f"a tensor (..., {x.shape[1]})" if x.ndim == 2 else "a tensor (...)"
 
 
-def _range(labels: Tensor | None) -> tuple[int, int]:
-    return (-1, -1) if labels is None or not may_read(labels) else (int(labels.min()), int(labels.max()))
+def _summary(pairs: Pairs) -> str:
+    """What has to be alike of a part, in few characters."""
+    given = [f"{name} {tuple(x.shape[1:])}" for name, x in pairs.tensors() if name in OPTIONAL]
+    return ", ".join([*given, f"requires_grad={torch.is_grad_enabled() and pairs.lhs.requires_grad}"])
+
+
+def _range(labels: Sequence[Tensor | None]) -> tuple[int, int]:
+    seen = [(int(x.min()), int(x.max())) for x in labels if x is not None and may_read(x)]
+    return min((low for low, _ in seen), default=-1), max((high for _, high in seen), default=-1)
 
 
 def _everybodys(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:

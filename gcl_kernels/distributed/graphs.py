@@ -9,7 +9,7 @@ Outside of a graph these functions call the eager ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, pointwise_ops
-from ..backends import Lines, Need, Want, statistics_dtype
+from ..backends import Gradients, Need, Want, statistics_dtype
 from ..backends.pointwise import PointwiseGradients, PointwiseNeed, PointwiseUpstream
 from ..pairs import Pairs
 from . import agreement, exchange, pointwise, primitive
@@ -176,24 +176,28 @@ _sum_gradients.register_autograd(
 # ---- the softmax's statistics
 
 
-def statistics(pairs: Pairs, want: Want, backend: str, ranks: Ranks | GraphRanks) -> tuple[Tensor, Tensor, Tensor]:
-    """`primitive.statistics`."""
+def statistics_of_parts(
+    parts: Sequence[Pairs], want: Want, backend: str, ranks: Ranks | GraphRanks
+) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
+    """`primitive.statistics_of_parts`; within a graph of one part."""
     if isinstance(ranks, Ranks):
-        return primitive.statistics(pairs, want, backend, ranks)
+        return primitive.statistics_of_parts(parts, want, backend, ranks)
+    (pairs,) = parts
     call = ops.Call(want, Need(False, False, False), backend).text()
-    return _statistics(*inputs_of(pairs), ranks.sizes, call, ranks.name, ranks.transport)
+    return [_statistics(*inputs_of(pairs), ranks.sizes, call, ranks.name, ranks.transport)]
 
 
-def _gathered(given: tuple, transport: str, name: str) -> tuple[Pairs, Ranks]:
+def _gathered(given: tuple, transport: str, name: str) -> tuple[list[Pairs], Ranks]:
+    """The one part."""
     ranks = ranks_of(name, transport, given[K])
-    return primitive.gathered(primitive.labelled(Pairs(*given[:K]), ranks), ranks), ranks
+    return primitive.gathered([primitive.labelled(Pairs(*given[:K]), ranks)], ranks), ranks
 
 
 def _run_statistics(*given):
     call, name, transport = given[K + 1 :]
-    pairs, ranks = _gathered(given, transport, name)
+    parts, ranks = _gathered(given, transport, name)
     call = ops.call_of(call)
-    return primitive.lines_of(pairs, call.want, call.backend, ranks)  # pyright: ignore[reportArgumentType]
+    return primitive.lines_of(parts, call.want, call.backend, ranks)[0]  # pyright: ignore[reportArgumentType]
 
 
 CALL_SCHEMA = "str call, str group, str transport"
@@ -219,10 +223,19 @@ def _(*given):
 
 def _run_statistics_backward(*given):
     call, name, transport, *lines = given[K + 1 :]
-    pairs, ranks = _gathered(given, transport, name)
-    call, lines, upstream = ops.call_of(call), Lines(*lines[:3]), Lines(*lines[3:])
-    made = primitive.gradients_of(pairs, lines, upstream, call.want, call.need, call.backend, ranks)  # pyright: ignore
-    return ops.filled(made, Pairs(*given[:K]))
+    parts, ranks = _gathered(given, transport, name)
+    call, pairs = ops.call_of(call), Pairs(*given[:K])
+    (made,) = primitive.gradients_of(
+        parts,
+        [lines[:3]],
+        [lines[3:]],
+        call.want,
+        [call.need],
+        call.backend,  # pyright: ignore[reportArgumentType]
+        ranks,
+    )
+    rounded = (None if g is None else g.to(x.dtype) for g, x in zip(made, pairs.differentiable, strict=True))
+    return ops.filled(Gradients(*rounded), pairs)
 
 
 _statistics_backward = torch.library.custom_op(
@@ -262,38 +275,38 @@ _statistics.register_autograd(_differentiate_statistics, setup_context=_statisti
 # ---- the sigmoid's sums
 
 
-def softplus(
-    pairs: Pairs,
+def softplus_of_parts(
+    parts: Sequence[Pairs],
     bias: Tensor,
     backend: str,
-    known_row: Tensor | None,
-    weights: Tensor | None,
+    known: Sequence[pointwise.Known] | None,
     ranks: Ranks | GraphRanks,
-) -> tuple[Tensor, Tensor]:
-    """`pointwise.softplus`."""
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """`pointwise.softplus_of_parts`; within a graph of one part."""
     if isinstance(ranks, Ranks):
-        return pointwise.softplus(pairs, bias, backend, known_row, weights, ranks)
+        return pointwise.softplus_of_parts(parts, bias, backend, known, ranks)
+    (pairs,) = parts
     need = PointwiseNeed(*(torch.is_grad_enabled() and x.requires_grad for x in (*pairs.differentiable, bias)))
-    known = (known_row, weights) if any(need) else (None, None)
-    known = (None if g is None else g.detach() for g in known)
+    row, weights = known[0] if known is not None and any(need) else (None, None)
+    upstream = (None if g is None else g.detach() for g in (row, weights))
     call = pointwise_ops.Call(need, True, backend).text()
-    return _softplus(*inputs_of(pairs), ranks.sizes, bias, *known, call, ranks.name, ranks.transport)[:2]
+    return [_softplus(*inputs_of(pairs), ranks.sizes, bias, *upstream, call, ranks.name, ranks.transport)[:2]]
 
 
 POINTWISE_SCHEMA = f"{ops.INPUT_SCHEMA}, Tensor sizes, Tensor logit_bias, Tensor? known_row, Tensor? weights"
 
 
-def _known(given: tuple) -> tuple[Tensor, PointwiseUpstream | None]:
+def _known(given: tuple) -> tuple[Tensor, list[PointwiseUpstream] | None]:
     bias, known_row, weights = given[K + 1 : K + 4]
-    return bias, None if known_row is None else PointwiseUpstream(known_row, weights, True)
+    return bias, None if known_row is None else [PointwiseUpstream(known_row, weights, True)]
 
 
 def _run_softplus(*given):
     text, name, transport = given[K + 4 :]
     call, (bias, known) = pointwise_ops.call_of(text), _known(given)
-    pairs, ranks = _gathered(given, transport, name)
-    row, positive, made = pointwise.one_round(pairs, bias, known, call.need, call.backend, ranks)  # pyright: ignore
-    return row, positive, *pointwise_ops.filled(made, pairs, bias)
+    parts, ranks = _gathered(given, transport, name)
+    (lines,), (made,) = pointwise.one_round(parts, bias, known, [call.need], call.backend, ranks)  # pyright: ignore
+    return *lines, *pointwise_ops.filled(made, parts[0], bias)
 
 
 _softplus = torch.library.custom_op(
@@ -329,13 +342,13 @@ def _run_softplus_backward(*given):
     text, name, transport, g_row, g_positive, *made = given[K + 4 :]
     call, (bias, known) = pointwise_ops.call_of(text), _known(given)
     ranks = ranks_of(name, transport, given[K])
-    made = None if known is None else PointwiseGradients(*(g if g.numel() else None for g in made))
-    gradients = pointwise.gradients_of(
+    made = None if known is None else [PointwiseGradients(*(g if g.numel() else None for g in made))]
+    (gradients,) = pointwise.gradients_of(
         lambda: (_gathered(given, transport, name)[0], bias),
-        PointwiseUpstream(g_row, g_positive),
+        [PointwiseUpstream(g_row, g_positive)],
         known,
         made,
-        call.need,
+        [call.need],
         call.backend,  # pyright: ignore[reportArgumentType]
         ranks,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,36 +18,25 @@ from .exchange import Shift, bring_home, gather, outside_compiled_graphs
 
 
 @outside_compiled_graphs
-def statistics(pairs: Pairs, want: Want, backend: str, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.statistics` of this rank's rows and columns: (row (N,), col (M,), positive (N, P)), N and M its own.
+def statistics_of_parts(
+    parts: Sequence[Pairs], want: Want, backend: str, ranks: Ranks
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`ops.statistics` of this rank's rows and columns, for each part: (row (N,), col (M,), positive (N, P)), N and M its own.
 
-    Labels count the columns of all ranks' rhs in rank order. None: row i's positive is this rank's column i.
+    Labels count the columns of all ranks' rhs in rank order. None: row i's positive is this rank's column i. Parts have one rhs,
+    which travels once, as does its gradient; so does whatever else is one tensor.
     """
-    named = dict(labelled(pairs, ranks).tensors())
-    return _Statistics.apply(tuple(named), want, backend, ranks, *named.values())  # pyright: ignore
+    tensors, layout = laid_out(parts, ranks)
+    lines = _Statistics.apply(layout, want, backend, ranks, *tensors)
+    return [lines[3 * k : 3 * k + 3] for k in range(len(parts))]  # pyright: ignore
 
 
-class _Statistics(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, names, want, backend, ranks, *tensors):
-        pairs = gathered(Pairs(**dict(zip(names, tensors, strict=True))), ranks)
-        row, col, positive = lines_of(pairs, want, backend, ranks)
-        ctx.names, ctx.want, ctx.backend, ctx.ranks = names, want, backend, ranks
-        ctx.save_for_backward(*(x for _, x in pairs.tensors()), row, col, positive)
-        ctx.set_materialize_grads(False)
-        return row, col, positive
+Layout = list[dict[str, int]]  # of each part, which of some tensors each of its fields is
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_row, g_col, g_positive):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, row, col, positive = ctx.saved_tensors
-        pairs = Pairs(**dict(zip(ctx.names, tensors, strict=True)))
-        needs = dict(zip(ctx.names, ctx.needs_input_grad[4:], strict=True))
-        need = Need(needs["lhs"], needs["rhs"], needs["logit_scale"])
-        lines, upstream = Lines(row, col, positive), Lines(g_row, g_col, g_positive)
-        made = gradients_of(pairs, lines, upstream, ctx.want, need, ctx.backend, ctx.ranks)
-        gradients = dict(zip(("lhs", "rhs", "logit_scale"), made, strict=True))
-        return (*[None] * 4, *(gradients.get(name) for name in ctx.names))
+
+def laid_out(parts: Sequence[Pairs], ranks: Ranks) -> tuple[list[Tensor], Layout]:
+    """`distinct` of the parts, default labels spelled out."""
+    return distinct([labelled(pairs, ranks) for pairs in parts])
 
 
 def labelled(pairs: Pairs, ranks: Ranks) -> Pairs:
@@ -57,90 +47,176 @@ def labelled(pairs: Pairs, ranks: Ranks) -> Pairs:
     return replace(pairs, labels=labels)
 
 
-def lines_of(pairs: Pairs, want: Want, backend: str, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, col, positive) of `gathered` pairs; empty where not wanted."""
-    forward, lhs = backends.load(backend).forward, pairs.lhs
-    kind = backends.statistics_dtype(lhs.device)
-    row = lhs.new_full((pairs.n if want.row else 0,), -math.inf, dtype=kind)
-    parts = lhs.new_empty((ranks.m if want.col else 0,), dtype=kind)  # of col: over this rank's rows
-    positive = lhs.new_zeros((pairs.n, pairs.positives), dtype=kind)
-    with torch.autocast(lhs.device.type, enabled=False):
-        for _, cols, block in blocks(pairs, ranks):
-            r, c, p = forward(block, want)
-            row = torch.logaddexp(row, r) if want.row else row
-            if want.col:
-                parts[cols] = c
-            positive += p  # 0 where the label lies in another block
-    if not want.col:
-        return row, parts, positive
-    col = bring_home(parts, ranks.cols, ranks.group, ranks.rank, "the exchange of col").logsumexp(dim=0)
-    return row, col, positive
+def distinct(parts: Sequence[Pairs]) -> tuple[list[Tensor], Layout]:
+    """The parts' tensors, once each; one that is lhs and rhs is there as both, since each has a gradient."""
+    places: dict[tuple[str, int], int] = {}
+    tensors, layout = [], []
+    for pairs in parts:
+        for name, x in pairs.tensors():
+            if (name, id(x)) not in places:
+                places[name, id(x)] = len(tensors)
+                tensors.append(x)
+        layout.append({name: places[name, id(x)] for name, x in pairs.tensors()})
+    return tensors, layout
+
+
+def parts_of(layout: Layout, tensors: Sequence[Tensor]) -> list[Pairs]:
+    return [Pairs(**{name: tensors[at] for name, at in fields.items()}) for fields in layout]
+
+
+def dtypes_of(layout: Layout, parts: Sequence[Pairs]) -> dict[int, torch.dtype]:
+    """Of the tensors that are differentiable, by their places."""
+    return {
+        fields[name]: getattr(pairs, name).dtype
+        for fields, pairs in zip(layout, parts, strict=True)
+        for name in ("lhs", "rhs", "logit_scale")
+    }
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layout, want, backend, ranks, *tensors):
+        parts = gathered(parts_of(layout, tensors), ranks)
+        outputs = [x for lines in lines_of(parts, want, backend, ranks) for x in lines]
+        saved, ctx.saved = distinct(parts)
+        ctx.layout, ctx.want, ctx.backend, ctx.ranks = layout, want, backend, ranks
+        ctx.save_for_backward(*saved, *outputs)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        tensors = ctx.saved_tensors
+        parts = parts_of(ctx.saved, tensors)
+        needs = ctx.needs_input_grad[4:]
+        need = [Need(*(needs[fields[name]] for name in ("lhs", "rhs", "logit_scale"))) for fields in ctx.layout]
+        lines = in_threes(tensors[-len(upstream) :])
+        gradients = gradients_of(parts, lines, in_threes(upstream), ctx.want, need, ctx.backend, ctx.ranks)
+        result: list[Tensor | None] = [None] * len(needs)
+        for fields, of_part in zip(ctx.layout, gradients, strict=True):
+            for name, g in zip(("lhs", "rhs", "logit_scale"), of_part, strict=True):
+                result[fields[name]] = plus(result[fields[name]], g)
+        kinds = dtypes_of(ctx.layout, parts)
+        return *[None] * 4, *(None if g is None else g.to(kinds[at]) for at, g in enumerate(result))
+
+
+def lines_of(parts: Sequence[Pairs], want: Want, backend: str, ranks: Ranks) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(row, col, positive) of `gathered` parts; empty where not wanted."""
+    forward, x = backends.load(backend).forward, parts[0].lhs
+    kind = backends.statistics_dtype(x.device)
+    rows = [x.new_full((pairs.n if want.row else 0,), -math.inf, dtype=kind) for pairs in parts]
+    over_rows = x.new_empty((ranks.m if want.col else 0, len(parts)), dtype=kind)  # col of this rank's rows alone
+    positives = [x.new_zeros((pairs.n, pairs.positives), dtype=kind) for pairs in parts]
+    with torch.autocast(x.device.type, enabled=False):
+        for _, cols, block in blocks(parts, ranks):
+            for k, pairs in enumerate(block):
+                r, c, p = forward(pairs, want)
+                rows[k] = torch.logaddexp(rows[k], r) if want.row else rows[k]
+                if want.col:
+                    over_rows[cols, k] = c
+                positives[k] += p  # 0 where the label lies in another block
+    if want.col:
+        everybodys = bring_home(over_rows, ranks.cols, ranks.group, ranks.rank, "the exchange of col")
+        over_rows = everybodys.logsumexp(dim=0)
+    cols_of_parts = [col.contiguous() for col in over_rows.unbind(1)]
+    return list(zip(rows, cols_of_parts, positives, strict=True))
 
 
 def gradients_of(
-    pairs: Pairs, lines: Lines, upstream: Lines, want: Want, need: Need, backend: str, ranks: Ranks
-) -> Gradients:
-    """Of this rank's rows and columns, from `gathered` pairs and its own lines and their gradients."""
-    (row, col, positive), (g_row, g_col, g_positive) = lines, upstream
-    assert positive is not None
-    backward = backends.load(backend).backward
-    g_row, row = (g_row, row) if want.row else (None, None)
+    parts: Sequence[Pairs],
+    lines: Sequence[Sequence[Any]],
+    upstream: Sequence[Sequence[Any]],
+    want: Want,
+    need: Sequence[Need],
+    backend: str,
+    ranks: Ranks,
+) -> list[Gradients]:
+    """Of this rank's rows and columns, for each of the `gathered` parts, from its own lines and their gradients.
+
+    In float32 at least, to be rounded once they are added up. That of rhs is of all parts and stands with the first.
+    """
     if want.col:
         # Whether this rank's loss uses its col or not, the others' rows need to know.
-        assert col is not None
-        own = torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
-        col, g_col = gather(own, ranks.cols, ranks.group, "the all-gather of col and its gradient").unbind(1)
+        mine = [
+            torch.stack([col, torch.zeros_like(col) if g_col is None else g_col.to(col)], dim=1)
+            for (_, col, _), (_, g_col, _) in zip(lines, upstream, strict=True)
+        ]
+        what = "the all-gather of col and its gradient"
+        everybodys = gather(torch.stack(mine, dim=1), ranks.cols, ranks.group, what)  # (M, parts, 2)
 
-    wide = torch.promote_types(pairs.lhs.dtype, torch.float32)  # of parts, which are rounded once they are added up
-    dlhs = drhs = None
-    dscale = torch.zeros((), dtype=positive.dtype, device=pairs.lhs.device)
+    def within_block(part: int, cols: slice) -> tuple[Lines, Lines]:
+        (row, _, positive), (g_row, _, g_positive) = lines[part], upstream[part]
+        row, g_row = (row, g_row) if want.row else (None, None)
+        col, g_col = (v.contiguous() for v in everybodys[cols, part].unbind(1)) if want.col else (None, None)
+        return Lines(row, col, positive), Lines(g_row, g_col, g_positive)
+
+    x = parts[0].lhs
+    wide = torch.promote_types(x.dtype, torch.float32)
+    backward = backends.load(backend).backward
+    dlhs: list[Tensor | None] = [None] * len(parts)
+    dscales = [torch.zeros((), dtype=lines[0][2].dtype, device=x.device) for _ in parts]
+    drhs = None
     homebound: Shift | None = None
-    for owner, cols, block in blocks(pairs, ranks):
-        part = backward(
-            block,
-            Lines(row, None if col is None or not want.col else col[cols], positive),
-            Lines(g_row, None if g_col is None or not want.col else g_col[cols], g_positive),
-            need,
-            joined=want.joined,
-            dtype=wide,
-        )
-        if part.lhs is not None:
-            dlhs = part.lhs if dlhs is None else dlhs.add_(part.lhs)
-        if part.scale is not None:
-            dscale += part.scale
-        if part.rhs is not None and owner is None:
-            parts = bring_home(part.rhs, ranks.cols, ranks.group, ranks.rank, "the exchange of gradients of rhs")
-            drhs = parts.sum(dim=0)
-        elif part.rhs is not None and owner is not None:
-            drhs = part.rhs if homebound is None else part.rhs.add_(homebound.wait())
+    for owner, cols, block in blocks(parts, ranks):
+        of_block = None
+        for k, pairs in enumerate(block):
+            part = backward(pairs, *within_block(k, cols), need[k], joined=want.joined, dtype=wide)
+            dlhs[k] = plus(dlhs[k], part.lhs)
+            of_block = plus(of_block, part.rhs)
+            if part.scale is not None:
+                dscales[k] += part.scale
+        if of_block is not None and owner is None:
+            parts_of_rhs = bring_home(of_block, ranks.cols, ranks.group, ranks.rank, "the exchange of gradients of rhs")
+            drhs = parts_of_rhs.sum(dim=0)
+        elif of_block is not None and owner is not None:
+            drhs = of_block if homebound is None else of_block.add_(homebound.wait())
             homebound = Shift(drhs, ranks.cols[owner - 1], ranks, "the ring of gradients of rhs")
     if homebound is not None:
         drhs = homebound.wait()
-    return Gradients(
-        None if dlhs is None else dlhs.to(pairs.lhs.dtype),
-        None if drhs is None else drhs.to(pairs.rhs.dtype),
-        dscale.to(pairs.logit_scale) if need.scale else None,
-    )
+    return [
+        Gradients(dlhs[k], drhs if k == 0 else None, dscales[k] if need[k].scale else None) for k in range(len(parts))
+    ]
 
 
-def gathered(pairs: Pairs, ranks: Ranks) -> Pairs:
+def in_threes(x: Sequence[Any]) -> list[Sequence[Any]]:
+    return [x[k : k + 3] for k in range(0, len(x), 3)]
+
+
+def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None else total if part is None else total.add_(part)
+
+
+def gathered(parts: Sequence[Pairs], ranks: Ranks) -> list[Pairs]:
     """With every rank's values of what belongs to columns; rhs itself only where it is not passed around a ring."""
-    of_columns = pairs.of_columns() if ranks.transport == "ring" else {**pairs.of_columns(), "rhs": pairs.rhs}
-    everybodys = {
-        name: gather(x, ranks.cols, ranks.group, f"the all-gather of {name}") for name, x in of_columns.items()
-    }
-    return replace(pairs, **everybodys)
+    everybodys: dict[int, Tensor] = {}
+    results = []
+    for pairs in parts:
+        of_columns = pairs.of_columns() if ranks.transport == "ring" else {**pairs.of_columns(), "rhs": pairs.rhs}
+        for name, x in of_columns.items():
+            if id(x) not in everybodys:
+                everybodys[id(x)] = gather(x, ranks.cols, ranks.group, f"the all-gather of {name}")
+        results.append(replace(pairs, **{name: everybodys[id(x)] for name, x in of_columns.items()}))
+    return results
 
 
-def blocks(pairs: Pairs, ranks: Ranks) -> Iterator[tuple[int | None, slice, Pairs]]:
-    """(whose columns, None for everybody's; where they stand among all; this rank's rows against them)."""
+def blocks(parts: Sequence[Pairs], ranks: Ranks) -> Iterator[tuple[int | None, slice, list[Pairs]]]:
+    """(whose columns, None for everybody's; where they stand among all; each part's rows on this rank against them).
+
+    Parts have one rhs, which is the first's.
+    """
     if ranks.transport == "all_gather":
-        yield None, slice(0, ranks.m), pairs
+        yield None, slice(0, ranks.m), list(parts)
         return
-    for owner, cols, rhs in around_the_ring(pairs.rhs, ranks):
-        of_columns = {name: x[cols] for name, x in pairs.of_columns().items()}
-        labels = None if pairs.labels is None else labels_within(pairs.labels, cols)
-        yield owner, cols, replace(pairs, rhs=rhs, labels=labels, **of_columns)
+    for owner, cols, rhs in around_the_ring(parts[0].rhs, ranks):
+        yield owner, cols, [within(pairs, rhs, cols) for pairs in parts]
+
+
+def within(pairs: Pairs, rhs: Tensor, cols: slice) -> Pairs:
+    """The rows against the columns `cols` alone, whose embeddings are `rhs`."""
+    of_columns = {name: x[cols] for name, x in pairs.of_columns().items()}
+    labels = None if pairs.labels is None else labels_within(pairs.labels, cols)
+    return replace(pairs, rhs=rhs, labels=labels, **of_columns)
 
 
 def around_the_ring(rhs: Tensor, ranks: Ranks) -> Iterator[tuple[int, slice, Tensor]]:

@@ -29,9 +29,11 @@ from .strategies import (
     EDGE_SIZES,
     Batch,
     FieldProblem,
+    PartsProblem,
     Problem,
     field_problems,
     loss_options,
+    parts_problems,
     problems,
 )
 
@@ -40,6 +42,7 @@ __all__ = [
     "EDGE_SIZES",
     "Batch",
     "FieldProblem",
+    "PartsProblem",
     "Problem",
     "assert_as_accurate",
     "dense_forms",
@@ -47,6 +50,7 @@ __all__ = [
     "floor",
     "in_float64",
     "loss_options",
+    "parts_problems",
     "problems",
     "relative_error",
     "value_and_gradients",

@@ -11,6 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..parts import Part
+
 # around the edges of 16-, 64- and 128-wide tiles
 EDGE_SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129)
 EDGE_DIMS = (1, 2, 7, 8, 16, 17, 33, 64, 100)
@@ -209,6 +211,80 @@ def field_problems(
         normalize_fields=draw(st.booleans()),
         normalize=draw(st.booleans()),
         layout=draw(st.sampled_from(("rows", "apart", "transposed"))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PartsProblem:
+    """A drawn call of `multi_part_loss`. `build` makes its tensors.
+
+    `rows`: N of each part. `kinds` of each part, as letters: weights, labels (N,), L: labels (N, 2), ids, fields, present (what
+    absent rows hold is NaN). `fields`: whether documents are fields with gaps.
+    """
+
+    rows: tuple[int, ...]
+    m: int
+    d: int
+    kinds: tuple[str, ...]
+    fields: bool
+    seed: int
+
+    def build(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> tuple[dict[str, Part], Any, dict[str, Any]]:
+        """(parts, rhs, keyword arguments); embeddings are fresh leaf tensors that require gradients."""
+        g = torch.Generator().manual_seed(self.seed)
+
+        def embeddings(n: int, absent: Tensor | None = None) -> Tensor:
+            x = torch.randn(n, self.d, generator=g, dtype=torch.float64)
+            x = x / x.norm(dim=1, keepdim=True)
+            x = x if absent is None else x.masked_fill(absent[:, None], math.nan)
+            return x.to(dtype).to(device).requires_grad_()
+
+        parts = {}
+        for k, (n, kind) in enumerate(zip(self.rows, self.kinds, strict=True)):
+            given: dict[str, Any] = {"share": (1.0, 0.25, 3.0)[k % 3]}
+            shape = (n, 2) if "L" in kind else (n,)
+            if "l" in kind.lower():
+                given["labels"] = torch.randint(-1, self.m, shape, generator=g)
+            if "w" in kind:
+                given["weights"] = 5 * torch.rand(shape, generator=g, dtype=torch.float64).to(
+                    torch.promote_types(dtype, torch.float32)
+                )
+            if "i" in kind:
+                given["lhs_ids"], given["rhs_ids"] = (torch.randint(-2, 5, (x,), generator=g) for x in (n, self.m))
+            if "p" in kind:
+                given["present"] = torch.rand(n, generator=g) > 0.3
+            absent = ~given["present"] if "p" in kind else None
+            given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+            if "f" in kind:
+                lhs: Any = {"text": embeddings(n, absent), "tags": embeddings(n, absent)}
+                given["lhs_field_mask"] = (torch.rand(n, 2, generator=g) > 0.3).to(device)
+            else:
+                lhs = embeddings(n, absent)
+            parts[f"part{k}"] = Part(lhs, **given)
+        if not self.fields:
+            return parts, embeddings(self.m), {}
+        mask = (torch.rand(self.m, 2, generator=g) > 0.3).to(device)
+        rhs = {"image": embeddings(self.m), "title": embeddings(self.m)}
+        return parts, rhs, {"rhs_field_mask": mask, "rhs_field_weights": {"image": 0.9, "title": 0.1}}
+
+
+@st.composite
+def parts_problems(
+    draw: st.DrawFn, sizes: Sequence[int] = (1, 2, 5, 17, 33), dims: Sequence[int] = (2, 7, 16), alike: bool = False
+) -> PartsProblem:
+    """`alike`: all parts have one N."""
+    rows = draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=4))
+    rows = rows[:1] * len(rows) if alike else rows
+    letters = st.sets(st.sampled_from("wlLifp")).map(lambda x: "".join(sorted(x)))
+    return PartsProblem(
+        rows=tuple(rows),
+        m=max(rows) + draw(st.sampled_from((0, 1, 20))),
+        d=draw(st.sampled_from(dims)),
+        kinds=tuple(draw(letters) for _ in rows),
+        fields=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
 

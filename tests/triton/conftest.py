@@ -19,6 +19,7 @@ KERNEL_TESTS = (
     "test_operators.py",
     "test_strips.py",
     "test_fields.py",
+    "test_parts.py",
 )
 COMPILER_TESTS = ("test_aot.py", "test_interpreter.py", "test_config.py", "test_jit.py")
 
