@@ -152,10 +152,9 @@ def statistics(
     `ranks`: the problem is cut over a process group whose ranks have agreed; row, col and positive are this rank's.
     """
     if ranks is None:
-        lines = ops.statistics(pairs, want, backend, known_upstream)
-    else:
-        name = backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)
-        lines = distributed.statistics(pairs, want, name, ranks)
+        return ops.statistics(pairs, want, backend, known_upstream)
+    name = backends.choose(backend, pairs.lhs.device, pairs.lhs.dtype)
+    lines = distributed.statistics(pairs, want, name, ranks)
     if not pairs.limited:
         return lines
     row, col, positive = (without_tiny(x, pairs) for x in lines)

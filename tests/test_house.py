@@ -9,7 +9,7 @@ MOST_POSITIONAL = 8
 
 # What is launched on a device takes its arguments by name, in one place on the host side; names cost nothing there.
 LAUNCHED = {"forward_tile", "backward_tile", "aggregate_forward", "aggregate_backward"}
-LAUNCHED |= {"finish_lines", "pack_lines", "inner_products"}
+LAUNCHED |= {"finish_lines", "pack_lines", "inner_products", "spread_gradient"}
 
 
 def sources(*folders):

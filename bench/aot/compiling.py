@@ -18,7 +18,16 @@ from bench.cases import SHORT_NAMES
 from gcl_kernels.backends import Lines, Mean, Need, Want, settings
 from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.pointwise import PointwiseNeed, PointwiseUpstream
-from gcl_kernels.backends.triton import field_kernels, fields, kernels, line_kernels, run, sigmoid, softmax
+from gcl_kernels.backends.triton import (
+    field_kernels,
+    fields,
+    kernels,
+    line_kernels,
+    loss_kernels,
+    run,
+    sigmoid,
+    softmax,
+)
 from gcl_kernels.backends.triton.config import row_block
 from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
@@ -29,7 +38,9 @@ LINES = 1024
 
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
-    kernel = next(getattr(x, case.kernel) for x in (kernels, line_kernels, field_kernels) if case.kernel in vars(x))
+    kernel = next(
+        getattr(x, case.kernel) for x in (kernels, line_kernels, loss_kernels, field_kernels) if case.kernel in vars(x)
+    )
     arguments = launched(case)
     options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
     signature, attributes, constants = {}, {}, {}

@@ -17,6 +17,7 @@ from ..chunks import LINE, cdiv, chunk_of_gradient, round_up, rows_of_partials, 
 from ..contract import Gradients, Lines, Need, Want
 from ..positives import positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product, product
+from ..terms import without_tiny
 from ..upstream import normalized
 from . import lines
 from .config import TileShape
@@ -36,8 +37,8 @@ def forward(pairs: Pairs, want: Want) -> Lines:
     col = Statistics.of(x.lhs, x.m) if want.col and several else None
     row_parts = empty_parts(x.lhs, col_tiles, chunk) if want.row else None
     col_parts = empty_parts(x.lhs, row_tiles, x.m) if want.col else None
-    # where labels may be -1, not every entry is written
-    new = x.lhs.new_empty if pairs.labels is None else x.lhs.new_zeros
+    # where labels may be -1, not every entry is written, nor read where a row has one
+    new = x.lhs.new_empty if x.positives == 1 else x.lhs.new_zeros
     positive = new((x.n, x.positives), dtype=torch.float32)
     for rows in slices(x.n, chunk):
         row_tiles = cdiv(rows.stop - rows.start, tile.rows)
@@ -62,7 +63,7 @@ def forward(pairs: Pairs, want: Want) -> Lines:
         col_parts, row_tiles = (col.top, col.total), 1
     # the kernel leaves positives out: they join their lines here, in float64
     joined, given = (None, None), None
-    if pairs.labels is None:
+    if x.positives == 1:
         joined = (positive, positive) if want.joined else joined
     else:
         positive2 = positive.to(torch.float64)
@@ -70,7 +71,17 @@ def forward(pairs: Pairs, want: Want) -> Lines:
             by_row = positives_by_row(pairs.labels, positive2) if want.row else None
             joined = by_row, positives_by_column(pairs.labels, positive2, x.m) if want.col else None
         given = positive2.mul_(LN2)
-    return lines.finish((row_parts, col_parts), (col_tiles, row_tiles), joined, positive, x.m, given=given)
+        given = without_tiny(given, pairs) if x.limited else given
+    return lines.finish(
+        (row_parts, col_parts),
+        (col_tiles, row_tiles),
+        joined,
+        positive,
+        x.m,
+        given=given,
+        labels=pairs.labels if x.positives == 1 else None,
+        zero=pairs.logit_scale if x.limited else None,
+    )
 
 
 def epilogue(want: Want, tile: TileShape) -> str:

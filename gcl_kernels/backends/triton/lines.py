@@ -1,4 +1,4 @@
-"""What `line_kernels` is launched with: statistics, what the backward's tiles read, the scale's gradient, a loss of lines."""
+"""What the kernels over lines are launched with: statistics, what the backward's tiles read, gradients, a loss of lines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..chunks import cdiv, round_up
-from ..contract import Lines
-from .operands import PAD
+from ..contract import Lines, Want
+from .operands import PAD, contiguous
 from .partials import MERGE_LINES, MERGE_TILES
 from .run import run
 
@@ -16,6 +16,7 @@ Parts = tuple[Tensor, Tensor]
 BLOCK = 128  # lines of a program, which divides PAD
 ROWS, BLOCK_D = 8, 128  # of an inner product's program
 ONE_PROGRAM = 1024  # numbers at a time of a sum by one program
+BOTH = Want(row=True, col=True)
 
 
 def finish(
@@ -26,10 +27,13 @@ def finish(
     m: int,
     *,
     given: Tensor | None,
+    labels: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> Lines:
     """Statistics of lines in natural units, float64, from partial sums and base-2 logits of positives that join them.
 
     `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already.
+    `labels` (N, 1): columns of the positives, which otherwise are i. `zero`: logit_scale beside limits.
     """
     n = len(positive2)
     row, col = (
@@ -44,6 +48,8 @@ def finish(
         col_parts=parts[1],
         joined=joined,
         p_positive=positive2 if given is None else None,
+        labels=None if labels is None else sorted_labels(labels, by_column=col is not None and joined[1] is not None),
+        p_zero=zero,
         out=(row, col, positive if given is None else None),
         n=n,
         m=m,
@@ -111,8 +117,13 @@ def pack(
     return row_line, col_line, middle, entry
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def sorted_labels(labels: Tensor, *, by_column: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Labels (N, 1) as the kernels take them: (labels, sorted, the rows in this order), so that a column finds its rows.
+
+    Rows of one label stay in their order, and sums over them have the same bits every time.
+    """
+    labels = labels.reshape(-1)
+    return (labels, *(labels.sort(stable=True) if by_column else (None, None)))
 
 
 def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) -> Tensor:
@@ -142,20 +153,24 @@ def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) ->
     return out
 
 
-def sum_losses(lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dtype) -> Tensor:
-    """0-d `sum_i w_i ((row_i + col_i) / 2 - positive_i)`, or its mean over rows, of default labels."""
-    row, col, positive = lines
-    assert row is not None
-    out = row.new_empty((), dtype=dtype)
+def sum_losses(
+    lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dtype, labels: Tensor | None = None
+) -> Tensor:
+    """0-d `sum_i w_i ((row_i + col_{t_i}) / 2 - positive_i)`, or its mean over rows; `row_i` or `col_{t_i}` where one is None.
+
+    `labels` (N, 1): t, -1 for none; None: `t_i = i`.
+    """
+    positive = lines.positive
+    assert positive is not None
+    out = positive.new_empty((), dtype=dtype)
     run(
         "sum_losses",
         1,
-        p_row=row,
-        p_col=col,
-        p_positive=positive,
+        lines=(lines.row, lines.col, positive),
         p_weight=weights,
+        p_labels=contiguous(labels),
         p_out=out,
-        n=len(row),
+        n=len(positive),
         MEAN=mean,
         BLOCK=ONE_PROGRAM,
         num_warps=4,
@@ -163,19 +178,26 @@ def sum_losses(lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dt
     return out
 
 
-def spread_gradient(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> Lines:
+def spread_gradient(
+    g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool, want: Want = BOTH, labels: Tensor | None = None
+) -> Lines:
     """Of `sum_losses` with respect to lines, float64, from that with respect to its result."""
-    row, col, positive = (g.new_empty(shape, dtype=torch.float64) for shape in ((n,), (m,), (n, 1)))
+    row, col, positive = (
+        g.new_empty(shape, dtype=torch.float64) if wanted else None
+        for shape, wanted in (((n,), want.row), ((m,), want.col), ((n, 1), True))
+    )
     run(
         "spread_gradient",
-        cdiv(max(n, m), BLOCK),
+        cdiv(max(n, m) if want.col else n, BLOCK),
         p_g=g,
         p_weight=weights,
+        labels=None if labels is None else sorted_labels(labels, by_column=want.col),
         out=(row, col, positive),
         n=n,
         m=m,
         MEAN=mean,
         BLOCK=BLOCK,
+        BLOCK_ROWS=MERGE_TILES,
         num_warps=4,
     )
     return Lines(row, col, positive)

@@ -30,7 +30,7 @@ class Block:
 
 
 def run(kernel: str, programs: int, **arguments: Any) -> None:
-    """Launches a kernel of `kernels`, `line_kernels` or `field_kernels` on the device of its tensors."""
+    """Launches a kernel of `kernels`, `line_kernels`, `loss_kernels` or `field_kernels` on the device of its tensors."""
     _runner(kernel, programs, **arguments)
 
 
@@ -72,10 +72,12 @@ _runner: Callable[..., None] = _launch
 
 @cache
 def _jit_functions() -> dict[str, Any]:
-    from . import field_kernels, kernels, line_kernels, sigmoid, softmax
+    from . import field_kernels, kernels, line_kernels, loss_kernels, sigmoid, softmax
 
     return {
-        name: f for module in (softmax, sigmoid, field_kernels, line_kernels, kernels) for name, f in defined_in(module)
+        name: f
+        for module in (softmax, sigmoid, field_kernels, line_kernels, loss_kernels, kernels)
+        for name, f in defined_in(module)
     }
 
 
