@@ -14,6 +14,7 @@ BOUNDS = {
     "labels (N,)": (17, 6),
     "limits": (20, 7),
     "one direction": (12, 4),
+    "false_negative_margin": (20, 11),
 }
 
 

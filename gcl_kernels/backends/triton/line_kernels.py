@@ -119,7 +119,7 @@ def finish_lines(
     joined,  # base-2 logits of positives that join rows (n,) and columns (joined_cols,); None: nothing joins
     p_positive,  # (n,) base-2 logits, or None
     labels,  # None: row i's positive is column i. Else the labels of one positive a row, sorted, and the rows in this order,
-    # the last two None where no column wants them; `joined` are then the positives by row
+    # the last two where a column wants them; `joined` are then the positives by row
     p_zero,  # 0-d logit_scale beside limits, else None
     out,  # float64, natural units, written: row (n,), col (m,), positive (n,), None where absent
     n,

@@ -117,13 +117,13 @@ def pack(
     return row_line, col_line, middle, entry
 
 
-def sorted_labels(labels: Tensor, *, by_column: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Labels (N, 1) as the kernels take them: (labels, sorted, the rows in this order), so that a column finds its rows.
+def sorted_labels(labels: Tensor, *, by_column: bool) -> tuple[Tensor, ...]:
+    """Labels (N, 1) as kernels take them: (labels, sorted, the rows in this order), by which a column finds its rows; or alone.
 
     Rows of one label stay in their order, and sums over them have the same bits every time.
     """
     labels = labels.reshape(-1)
-    return (labels, *(labels.sort(stable=True) if by_column else (None, None)))
+    return (labels, *labels.sort(stable=True)) if by_column else (labels,)
 
 
 def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) -> Tensor:
