@@ -93,7 +93,7 @@ def _(g, weights, labels, n, m, directions, mean):
 def _setup_context(ctx, inputs, output):
     _, _, positive, weights, labels, m, directions, mean = inputs
     ctx.save_for_backward(weights, labels)
-    ctx.options = len(positive), m, directions, mean
+    ctx.options = positive.shape[0], m, directions, mean
 
 
 def _differentiate(ctx, g):

@@ -35,7 +35,7 @@ def finish(
     `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already.
     `labels` (N, 1): columns of the positives, which otherwise are i. `zero`: logit_scale beside limits.
     """
-    n = len(positive2)
+    n = positive2.shape[0]
     row, col = (
         None if x is None else positive2.new_empty(length, dtype=torch.float64)
         for x, length in zip(parts, (n, m), strict=True)
@@ -55,7 +55,7 @@ def finish(
         m=m,
         row_tiles=tiles[0],
         col_tiles=tiles[1],
-        joined_cols=0 if joined[1] is None else len(joined[1]),
+        joined_cols=0 if joined[1] is None else joined[1].shape[0],
         BLOCK_TILES=MERGE_TILES,
         BLOCK_LINES=MERGE_LINES,
         num_warps=4,
@@ -84,7 +84,7 @@ def pack(
     """
     positive = statistics.positive
     assert positive is not None
-    n = len(positive)
+    n = positive.shape[0]
     by_row, by_col = g.row is not None and statistics.row is not None, g.col is not None and statistics.col is not None
     lengths = round_up(n, PAD), round_up(m, PAD)
     row_line, col_line = (
@@ -131,7 +131,7 @@ def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) ->
 
     x and `other` (M, D) are gradients of the sides, made with `pack(nonzero=True)`; where the scale is 0 they become 0.
     """
-    programs = cdiv(max(len(x), 0 if other is None else len(other)), ROWS)
+    programs = cdiv(max(x.shape[0], 0 if other is None else other.shape[0]), ROWS)
     parts, out = x.new_empty(programs, dtype=torch.float64), torch.empty_like(scale)
     run(
         "inner_products",
@@ -142,8 +142,8 @@ def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) ->
         strides=(x.stride(0), y.stride(0), 0 if other is None else other.stride(0)),
         p_scale=scale,
         p_parts=parts,
-        n=len(x),
-        m=0 if other is None else len(other),
+        n=x.shape[0],
+        m=0 if other is None else other.shape[0],
         d=x.shape[1],
         ROWS=ROWS,
         BLOCK_D=BLOCK_D,
@@ -170,7 +170,7 @@ def sum_losses(
         p_weight=weights,
         p_labels=contiguous(labels),
         p_out=out,
-        n=len(positive),
+        n=positive.shape[0],
         MEAN=mean,
         BLOCK=ONE_PROGRAM,
         num_warps=4,
