@@ -97,6 +97,7 @@ def forwards() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         "labels (N,)": lambda *x: gcl_loss(*x, weights=weights, labels=labels),
         "limits": limited,
         "one direction": lambda *x: gcl_loss(*x, directions="lhs_to_rhs"),
+        "false_negative_margin": lambda *x: gcl_loss(*x, false_negative_margin=0.1),
     }
 
 

@@ -32,15 +32,16 @@ class FalseNegatives:
         with torch.no_grad():
             apart = pairs.labels is not None and isinstance(ranks, distributed.GraphRanks)
             of_rows, of_cols = (_outside_graph if apart else largest_positives)(pairs, ranks)
-            return replace(pairs, lhs_limit=self.limit(of_rows), rhs_limit=self.limit(of_cols))
+            lhs_limit = self.limit(of_rows)
+            return replace(
+                pairs, lhs_limit=lhs_limit, rhs_limit=lhs_limit if of_cols is of_rows else self.limit(of_cols)
+            )
 
     def limit(self, positive: Tensor) -> Tensor:
-        limit = torch.full_like(positive, math.inf)
-        if self.margin is not None:
-            limit = torch.minimum(limit, positive + self.margin)
-        if self.ratio is not None:
-            limit = torch.minimum(limit, self.ratio * positive)
-        return torch.where(positive == -math.inf, math.inf, limit)
+        limits = [] if self.margin is None else [positive + self.margin]
+        limits += [] if self.ratio is None else [self.ratio * positive]
+        limit = limits[0] if len(limits) == 1 else torch.minimum(*limits)
+        return limit.masked_fill_(positive == -math.inf, math.inf)
 
 
 @outside_compiled_graphs
@@ -51,12 +52,15 @@ def _outside_graph(pairs: Pairs, ranks: distributed.GraphRanks) -> tuple[Tensor,
 def largest_positives(pairs: Pairs, ranks: distributed.Ranks | None) -> tuple[Tensor, Tensor]:
     """(N,) and (M,) the largest similarity of a positive of each row and of each column; -inf where there is none."""
     kind = pairs.logit_scale.dtype
-    of_rows = pairs.lhs.new_full((pairs.n,), -math.inf, dtype=kind)
-    of_cols = pairs.lhs.new_full((pairs.m,), -math.inf, dtype=kind)
     if pairs.labels is None:  # over ranks, too: row i's positive is its own rank's column i
         of_rows = (pairs.lhs.to(kind) * pairs.rhs[: pairs.n].to(kind)).sum(dim=1)
+        if pairs.n == pairs.m:
+            return of_rows, of_rows
+        of_cols = pairs.lhs.new_full((pairs.m,), -math.inf, dtype=kind)
         of_cols[: pairs.n] = of_rows
         return of_rows, of_cols
+    of_rows = pairs.lhs.new_full((pairs.n,), -math.inf, dtype=kind)
+    of_cols = pairs.lhs.new_full((pairs.m,), -math.inf, dtype=kind)
     if ranks is None:
         blocks: Iterator[tuple[object, slice, list[Pairs]]] = iter([(None, slice(0, pairs.m), [pairs])])
     else:

@@ -1,6 +1,6 @@
-"""The plain two-direction loss in two launches, forward and backward, where Triton makes the statistics.
+"""The loss of lines in two launches, forward and backward, where Triton makes the statistics.
 
-    sum_i w_i ((row_i + col_i) / 2 - positive_i), or its mean over rows, for default labels
+    sum_i w_i ((row_i + col_{t_i}) / 2 - positive_i), or its mean over rows, for at most one label a row; or of one direction
 
 Everything else takes `row_losses`, whose plain PyTorch issues some 25 small operators a step.
 """
@@ -16,13 +16,18 @@ from .derivatives import eager, refuse_double_backward
 from .lse import statistics
 from .pairs import Pairs
 
+# A direction takes 6 N M D where its gradient is formed with its statistics, 8 here. From this many logits on, as many as G's
+# usual chunk, the 2 N M D take longer than the launches saved here: 0.7 ms at D = 768 and 600 TFLOP/s, for some 100 launches.
+LARGEST_DIRECTION = 2**27
 
-def takes(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | None) -> bool:
-    """Whether `loss` may be called for them, beside both directions, without smoothing, z-loss, ranks and absent fields."""
+
+def takes(pairs: Pairs, weights: Tensor | None, directions: str, reduction: str, backend: str | None) -> bool:
+    """Whether `loss` may be called for them, beside no smoothing, z-loss, ranks and absent fields."""
     return (
-        pairs.labels is None
+        pairs.positives == 1
         and reduction in ("mean", "sum")
         and (weights is None or not weights.requires_grad)
+        and (directions == "both" or pairs.n * pairs.m <= LARGEST_DIRECTION)
         and _on_triton(backend, pairs.lhs.device, pairs.lhs.dtype)
     )
 
@@ -35,29 +40,44 @@ def _on_triton(backend: str | None, device: torch.device, dtype: torch.dtype) ->
 _on_triton._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def loss(pairs: Pairs, weights: Tensor | None, reduction: str, backend: str | None) -> Tensor:
+def loss(pairs: Pairs, weights: Tensor | None, directions: str, reduction: str, backend: str | None) -> Tensor:
     """0-d float32."""
-    row, col, positive = statistics(pairs, Want(True, True), backend)
+    want = Want(directions != "rhs_to_lhs", directions != "lhs_to_rhs")
+    row, col, positive = statistics(pairs, want, backend)
     if weights is not None:
-        weights = weights.detach().contiguous()
-    given = (row, col, positive, weights, reduction == "mean")
+        weights = weights.detach().reshape(-1).contiguous()
+    given = (row, col, positive, weights, pairs.labels, pairs.m, directions, reduction == "mean")
     return _Eager.apply(*given) if eager(row) else _loss_of_lines(*given)
 
 
-def _run(row: Tensor, col: Tensor, positive: Tensor, weights: Tensor | None, mean: bool) -> Tensor:
-    return backends.load("triton").sum_losses(Lines(row, col, positive), weights, mean, torch.float32)
+def _run(
+    row: Tensor,
+    col: Tensor,
+    positive: Tensor,
+    weights: Tensor | None,
+    labels: Tensor | None,
+    m: int,
+    directions: str,
+    mean: bool,
+) -> Tensor:
+    lines = Lines(None if directions == "rhs_to_lhs" else row, None if directions == "lhs_to_rhs" else col, positive)
+    return backends.load("triton").sum_losses(lines, weights, mean, torch.float32, labels)
 
 
 _loss_of_lines = torch.library.custom_op("gcl_kernels::loss_of_lines", _run, mutates_args=())
 
 
 @_loss_of_lines.register_fake
-def _(row, col, positive, weights, mean):
-    return row.new_empty((), dtype=torch.float32)
+def _(row, col, positive, weights, labels, m, directions, mean):
+    return positive.new_empty((), dtype=torch.float32)
 
 
-def _run_spread(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    row, col, positive = backends.load("triton").spread_gradient(g, weights, n, m, mean)
+def _run_spread(
+    g: Tensor, weights: Tensor | None, labels: Tensor | None, n: int, m: int, directions: str, mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    want = Want(directions != "rhs_to_lhs", directions != "lhs_to_rhs")
+    lines = backends.load("triton").spread_gradient(g, weights, n, m, mean, want, labels)
+    row, col, positive = (g.new_empty(0, dtype=torch.float64) if v is None else v for v in lines)
     return row, col, positive
 
 
@@ -65,20 +85,21 @@ _spread = torch.library.custom_op("gcl_kernels::loss_of_lines_backward", _run_sp
 
 
 @_spread.register_fake
-def _(g, weights, n, m, mean):
-    return tuple(g.new_empty(shape, dtype=torch.float64) for shape in ((n,), (m,), (n, 1)))
+def _(g, weights, labels, n, m, directions, mean):
+    shapes = (0 if directions == "rhs_to_lhs" else n,), (0 if directions == "lhs_to_rhs" else m,), (n, 1)
+    return tuple(g.new_empty(shape, dtype=torch.float64) for shape in shapes)
 
 
 def _setup_context(ctx, inputs, output):
-    row, col, _, weights, mean = inputs
-    ctx.save_for_backward(weights)
-    ctx.sizes = len(row), len(col), mean
+    _, _, positive, weights, labels, m, directions, mean = inputs
+    ctx.save_for_backward(weights, labels)
+    ctx.options = positive.shape[0], m, directions, mean
 
 
 def _differentiate(ctx, g):
-    (weights,) = ctx.saved_tensors
+    weights, labels = ctx.saved_tensors
     spread = _run_spread if not torch.is_grad_enabled() and eager(g) else _spread
-    return *spread(g, weights, *ctx.sizes), None, None
+    return *spread(g, weights, labels, *ctx.options), *[None] * 5
 
 
 class _Eager(torch.autograd.Function):

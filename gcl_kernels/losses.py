@@ -155,10 +155,9 @@ def gcl_loss(
         }
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
-    plain = directions == "both" and label_smoothing == z_loss == 0 and len(sides.of_fields) == 1 and ranks is None
-    plain = plain and false_negatives == FalseNegatives()
-    if plain and linear.takes(first, weights, reduction, backend):
-        return linear.loss(first, weights, reduction, backend)
+    plain = label_smoothing == z_loss == 0 and sides.whole and ranks is None
+    if plain and linear.takes(first, weights, directions, reduction, backend):
+        return linear.loss(false_negatives.hidden_in(first, None), weights, directions, reduction, backend)
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss, false_negatives)
     loss = first.lhs.new_zeros(())

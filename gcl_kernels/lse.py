@@ -154,9 +154,9 @@ def statistics(
 
     `ranks`: the problem is cut over a process group whose ranks have agreed; row, col and positive are this rank's.
     """
-    if ranks is not None:
-        return statistics_of_parts([pairs], want, backend, ranks)[0]
-    return _without_tiny(ops.statistics(pairs, want, backend, known_upstream), pairs)
+    if ranks is None:
+        return ops.statistics(pairs, want, backend, known_upstream)
+    return statistics_of_parts([pairs], want, backend, ranks)[0]
 
 
 def statistics_of_parts(

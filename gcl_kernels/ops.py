@@ -17,6 +17,7 @@ from torch import Tensor
 from . import backends
 from .backends import Gradients, Lines, Need, Want, statistics_dtype
 from .backends.settings import debug
+from .backends.terms import without_tiny
 from .derivatives import eager, refuse_double_backward
 from .pairs import Pairs
 
@@ -85,10 +86,13 @@ def _run_forward(*given):
     pairs, upstream, call = unpacked(given)
     name = backends.choose(call.backend, pairs.lhs.device, pairs.lhs.dtype)
     module, gradients = backends.load(name), Gradients(None, None, None)
-    if in_one_pass(pairs, upstream, call.want, name):
+    one_pass = in_one_pass(pairs, upstream, call.want, name)
+    if one_pass:
         lines, gradients = module.forward_with_gradient(pairs, upstream, call.need, joined=call.want.joined)
     else:
         lines = module.forward(pairs, call.want)
+    if pairs.limited and (one_pass or name != "triton"):  # Triton's forward finishes its lines without
+        lines = Lines(*(None if v is None else without_tiny(v, pairs) for v in lines))
     kind = statistics_dtype(pairs.lhs.device)
     row, col, positive = (pairs.lhs.new_empty(0, dtype=kind) if v is None else v for v in lines)
     return row, col, positive, *filled(gradients, pairs)

@@ -63,7 +63,7 @@ class Pairs:
         """
         lhs, rhs = local_tensor("lhs", lhs, group), local_tensor("rhs", rhs, group)
         check_pair(lhs, rhs)
-        length, given = {"rows": len(lhs), "cols": len(rhs)}, {}
+        length, given = {"rows": lhs.shape[0], "cols": rhs.shape[0]}, {}
         for name, x in inputs.items():
             if x is not None:
                 along, check = OPTIONAL[name]

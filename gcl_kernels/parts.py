@@ -182,8 +182,8 @@ def _softmax_losses(
 ) -> Tensor:
     """(N,) l_i, or their mean or sum, 0-d, where that is made at once."""
     pairs, weights, plain = made.pairs, made.weights, options == NO_TERMS and made.present is None
-    if plain and linear.takes(pairs, weights, reduction, backend):
-        return linear.loss(pairs, weights, reduction, backend)
+    if plain and linear.takes(pairs, weights, "both", reduction, backend):
+        return linear.loss(pairs, weights, "both", reduction, backend)
     return row_losses(pairs, (made.present, None), weights, options, factor, None, backend)
 
 

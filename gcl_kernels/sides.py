@@ -34,6 +34,11 @@ class Sides(NamedTuple):
         """Sizes, labels and device are those of every pair of fields."""
         return self.of_fields[0][1]
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is one pair of fields, and every row and column has its field."""
+        return len(self.of_fields) == 1 and self.of_fields[0][2] == (None, None)
+
 
 def sides_of(
     lhs: Side,

@@ -9,7 +9,7 @@ MOST_POSITIONAL = 8
 
 # What is launched on a device takes its arguments by name, in one place on the host side; names cost nothing there.
 LAUNCHED = {"forward_tile", "backward_tile", "aggregate_forward", "aggregate_backward"}
-LAUNCHED |= {"finish_lines", "pack_lines", "inner_products", "merge_partials"}
+LAUNCHED |= {"finish_lines", "pack_lines", "inner_products", "merge_partials", "spread_gradient"}
 LAUNCHED |= {"forward_strips", "largest_norms", "one_reference"}
 
 # Signatures of another library, which a drop-in repeats.

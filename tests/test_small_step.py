@@ -11,9 +11,10 @@ BOUNDS = {
     "ClipLoss": (12, 4),
     "weights": (12, 4),
     "ids": (20, 7),
-    "labels (N,)": (84, 61),
-    "limits": (78, 47),
-    "one direction": (136, 32),
+    "labels (N,)": (17, 6),
+    "limits": (20, 7),
+    "one direction": (12, 4),
+    "false_negative_margin": (20, 11),
 }
 
 

@@ -23,6 +23,7 @@ from gcl_kernels.backends.triton import (
     fields,
     kernels,
     line_kernels,
+    loss_kernels,
     run,
     sigmoid,
     softmax,
@@ -39,7 +40,9 @@ LINES, LINES_OF_STRIPS = 1024, 8192
 
 def build(case: Case) -> triton.compiler.CompiledKernel:
     kernel = next(
-        getattr(x, case.kernel) for x in (kernels, strip_kernels, line_kernels, field_kernels) if case.kernel in vars(x)
+        getattr(x, case.kernel)
+        for x in (kernels, strip_kernels, line_kernels, loss_kernels, field_kernels)
+        if case.kernel in vars(x)
     )
     arguments = launched(case)
     options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}

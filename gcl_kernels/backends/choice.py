@@ -128,6 +128,7 @@ BACKENDS = {
 }
 
 
+@cache  # importlib takes longer than a launch, several times a step
 def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name].module, __package__)
 

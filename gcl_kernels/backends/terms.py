@@ -11,6 +11,7 @@ from .contract import statistics_dtype
 
 # Stands for a scale of 0 beside limits: logits of this size are 0 to any rounding, and still in the order of their similarities.
 TINY = 2.0**-60  # float32 holds what is 2^-66 of it
+LARGEST_TINY = TINY * 2**10  # of a statistic of such logits
 
 
 def scale_of_tiles(pairs: Pairs) -> Tensor:
@@ -27,7 +28,7 @@ def scale2(pairs: Pairs) -> Tensor:
 def without_tiny(statistic: Tensor, pairs: Pairs) -> Tensor:
     """Of logits, those that stand for 0 made 0; their gradients stay."""
     value = statistic.detach()
-    stands_for_0 = (pairs.logit_scale == 0) & (value.abs() < TINY * 2**10)
+    stands_for_0 = (pairs.logit_scale == 0) & (value.abs() < LARGEST_TINY)
     return statistic - torch.where(stands_for_0, value, 0.0)
 
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from gcl_kernels import backends
 from gcl_kernels.backends import Lines, Mean, Need, Want
 from gcl_kernels.backends import triton as backend
-from gcl_kernels.backends.triton import field_kernels, kernels, line_kernels, strip_kernels
+from gcl_kernels.backends.triton import field_kernels, kernels, line_kernels, loss_kernels, strip_kernels
 from gcl_kernels.backends.triton.config import FAMILIES
 from gcl_kernels.pairs import Pairs
 
@@ -61,22 +61,19 @@ class Driver:
 def driver(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     for name in TILES + LINES + STRIPS:
-        vars_of_kernels()[name].device_caches.clear()
+        FOUND[name].device_caches.clear()
 
 
+FOUND = {**vars(kernels), **vars(strip_kernels), **vars(line_kernels), **vars(loss_kernels), **vars(field_kernels)}
 TILES = ("forward_tile", "backward_tile")
 STRIPS = ("largest_norms", "one_reference", "forward_strips")
 LINES = ("merge_partials", "finish_lines", "pack_lines", "inner_products", "sum_parts", "sum_losses", "spread_gradient")
-
-
-def vars_of_kernels():
-    return {**vars(kernels), **vars(strip_kernels), **vars(line_kernels), **vars(field_kernels)}
+LINES += ("pack_limits",)
 
 
 def variants(*names):
     """How many times each kernel was compiled."""
-    found = vars_of_kernels()
-    return [len(found[name].device_caches[0][0]) for name in names]
+    return [len(FOUND[name].device_caches[0][0]) for name in names]
 
 
 def step(
@@ -117,10 +114,12 @@ def step(
             backend.backward(pairs, backend.forward(pairs, Want(*want)), upstream, Need(True, True, True))
 
 
-def loss_of_lines(n, m):
-    lines = Lines(*(torch.ones(shape, dtype=torch.float64) for shape in (n, m, (n, 1))))
-    loss = backend.sum_losses(lines, torch.ones(n), True, torch.float32)
-    backend.spread_gradient(loss, torch.ones(n), n, m, True)
+def loss_of_lines(n, m, labels=None, want=(True, True)):
+    row, col, positive = (torch.ones(shape, dtype=torch.float64) for shape in (n, m, (n, 1)))
+    lines = Lines(row if want[0] else None, col if want[1] else None, positive)
+    labels = None if labels is None else torch.zeros(n, 1, dtype=torch.int64)
+    loss = backend.sum_losses(lines, torch.ones(n), True, torch.float32, labels)
+    backend.spread_gradient(loss, torch.ones(n), n, m, True, Want(*want), labels)
     return loss
 
 
@@ -130,7 +129,15 @@ def test_a_ragged_batch_compiles_nothing_new():
         step(n, n + 7)
         loss = loss_of_lines(n, n + 7)
         assert loss.dtype == torch.float32
-    assert variants(*TILES, *LINES) == [1, 1, 0, 1, 1, 1, 1, 1, 1]
+    assert variants(*TILES, *LINES) == [1, 1, 0, 1, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("want", [(True, True), (True, False), (False, True)], ids=str)
+def test_ragged_labels_and_limits_compile_nothing_new(want):
+    for n in (300, 301, 517, 1024):
+        step(n, n + 7, labels=1, terms=("lhs_limit", "rhs_limit"), want=want)
+        loss_of_lines(n, n + 7, labels=1, want=want)
+    assert variants(*TILES, *LINES) == [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ..chunks import LINE, cdiv, chunk_of_gradient, round_up, rows_of_partials, 
 from ..contract import Gradients, Lines, Need, Want
 from ..positives import positive_entries, positives_by_column, positives_by_row
 from ..products import add_product, inner_product, product
+from ..terms import without_tiny
 from ..upstream import normalized
 from . import lines, strips
 from .config import TileShape
@@ -28,8 +29,8 @@ from .run import run, storable
 def forward(pairs: Pairs, want: Want) -> Lines:
     """See `backends.contract`."""
     x = Operands.of(pairs)
-    # where labels may be -1, not every entry is written
-    new = x.lhs.new_empty if pairs.labels is None else x.lhs.new_zeros
+    # where labels may be -1, not every entry is written, nor read where a row has one
+    new = x.lhs.new_empty if x.positives == 1 else x.lhs.new_zeros
     positive = new((x.n, x.positives), dtype=torch.float32)
     if strips.pay(x, want):
         made, exact = strips.forward(x, positive, want.joined)
@@ -81,7 +82,7 @@ def forward_by_tiles(
         col_parts, row_tiles = col.parts, 1
     # the kernel leaves positives out: they join their lines here, in float64
     joined, given = (None, None), None
-    if pairs.labels is None:
+    if x.positives == 1:
         joined = (positive, positive) if want.joined else joined
     else:
         positive2 = positive.to(torch.float64)
@@ -89,8 +90,19 @@ def forward_by_tiles(
             by_row = positives_by_row(pairs.labels, positive2) if want.row else None
             joined = by_row, positives_by_column(pairs.labels, positive2, x.m) if want.col else None
         given = positive2.mul_(LN2)
-    parts, tiles = (row_parts, col_parts), (col_tiles, row_tiles)
-    return lines.finish(parts, tiles, joined, positive, x.m, given=given, skip=skip, into=into)
+        given = without_tiny(given, pairs) if x.limited else given
+    return lines.finish(
+        (row_parts, col_parts),
+        (col_tiles, row_tiles),
+        joined,
+        positive,
+        x.m,
+        given=given,
+        labels=pairs.labels if x.positives == 1 else None,
+        zero=pairs.logit_scale if x.limited else None,
+        skip=skip,
+        into=into,
+    )
 
 
 def epilogue(want: Want, tile: TileShape) -> str:

@@ -2,14 +2,13 @@
 
     finish_lines      partial sums of lines, positives  ->  row, col and positive in natural units
     pack_lines        statistics and their gradients  ->  what the backward's tiles read: lines (`softmax`), entries of positives
+    pack_limits       limits of similarity  ->  those of tiles, padded, with the sign and the scale that go with them
     mark_ids          numbers that stand for ids  ->  those of rows and of columns, padded, apart where there is no id
     inner_products    rows of two matrices  ->  a part of their inner product for each program
     sum_parts         such parts  ->  the scale's gradient
-    sum_losses        row, col and positive  ->  sum or mean of a half of each direction's loss of every row
-    spread_gradient   its gradient  ->  those with respect to row, col and positive
 
 Arithmetic of lines is in float64: at logit_scale 100 a float32 logsumexp near 100 is known to 4e-6 only. Every sum is in a fixed
-order. Names as in `tiles`; a program has a block of rows or a block of columns, rows first.
+order. Names as in `tiles`; a program has a block of rows or a block of columns, rows first. A loss is in `loss_kernels`.
 """
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.
@@ -21,14 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import base2
-from .kernels import merged_parts, summed_parts
+from .. import base2, terms
+from .kernels import merged_parts, online_logsumexp, summed_parts
 from .tiles import LOG2E
 
 LN2 = tl.constexpr(base2.LN2)
 SMALLEST_SCALE = tl.constexpr(base2.SMALLEST_SCALE)
 SMALLEST_SUM = tl.constexpr(base2.SMALLEST_SUM)
 SAMPLE = tl.constexpr(128)
+TINY = tl.constexpr(terms.TINY)
+LARGEST_TINY = tl.constexpr(terms.LARGEST_TINY)
 
 
 @triton.jit
@@ -56,13 +57,61 @@ def logaddexp2(b_x, b_y):
 
 
 @triton.jit
-def finish_line(parts, joined, p_out, o_line, n_lines, n_tiles, fixed, BLOCK_TILES: tl.constexpr):
-    b_lse = merged_line(parts, fixed, o_line, n_lines, n_tiles, BLOCK_TILES)
-    p_joined, n_joined = joined
-    if p_joined is not None:
-        b_joined = tl.load(p_joined + o_line, mask=o_line < n_joined, other=float("-inf")).to(tl.float64)
-        b_lse = logaddexp2(b_lse, b_joined)
-    tl.store(p_out + o_line, b_lse * LN2, mask=o_line < n_lines)
+def first_not_below(p_sorted, n, b_value):
+    """How many of n sorted numbers are below each value."""
+    b_low = tl.zeros(b_value.shape, tl.int32)
+    b_high = b_low + n
+    span = n
+    while span > 0:
+        m_open = b_low < b_high
+        b_middle = (b_low + b_high) // 2
+        m_below = m_open & (tl.load(p_sorted + b_middle, mask=m_open, other=0) < b_value)
+        b_low = tl.where(m_below, b_middle + 1, b_low)
+        b_high = tl.where(m_open & (m_below == 0), b_middle, b_high)
+        span = span // 2
+    return b_low
+
+
+@triton.jit
+def rows_of_columns(p_sorted, n, o_col, m_col):
+    """The places in the sorted labels of the rows that name each column: (first, end), and the largest number of them."""
+    b_first = first_not_below(p_sorted, n, o_col)
+    b_end = tl.where(m_col, first_not_below(p_sorted, n, o_col + 1), b_first)
+    return b_first, b_end, tl.max(b_end - b_first, 0)
+
+
+@triton.jit
+def joined_column(p_positive, labels, o_col, m_col, n, BLOCK_TILES: tl.constexpr):
+    """Base-2 logsumexp, float64, of the positives of each column; -inf where there is none."""
+    b_first, b_end, most = rows_of_columns(labels[1], n, o_col, m_col)
+    b_top = tl.full(o_col.shape, float("-inf"), tl.float64)
+    b_total = tl.zeros(o_col.shape, tl.float64)
+    for i_row in range(0, most, BLOCK_TILES):
+        o_place = b_first[None, :] + i_row + tl.arange(0, BLOCK_TILES)[:, None]
+        m_place = o_place < b_end[None, :]
+        b_row = tl.load(labels[2] + o_place, mask=m_place, other=0)
+        b_part = tl.load(p_positive + b_row, mask=m_place, other=float("-inf")).to(tl.float64)
+        b_top, b_total = online_logsumexp(b_top, b_total, b_part, tl.where(m_place, 1.0, 0.0).to(tl.float64))
+    return tl.log2(b_total) + b_top
+
+
+@triton.jit
+def store_statistic(p_out, o_line, m_line, b_statistic2, p_zero):
+    """In natural units. Logits that stand for 0 beside limits (`terms.TINY`) become 0 where the scale `p_zero` is."""
+    b_statistic = b_statistic2 * LN2
+    if p_zero is not None:
+        below = tl.where(tl.load(p_zero) == 0, LARGEST_TINY, 0.0)
+        b_statistic = tl.where(tl.abs(b_statistic) < below, 0.0, b_statistic)
+    tl.store(p_out + o_line, b_statistic, mask=m_line)
+
+
+@triton.jit
+def load_labels(p_labels, o_row, m_row):
+    """Columns of the rows' positives, -1 for none and past the end; by default row i's is column i."""
+    if p_labels is None:
+        return tl.where(m_row, o_row, -1)
+    else:
+        return tl.load(p_labels + o_row, mask=m_row, other=-1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["n", "m", "row_tiles", "col_tiles", "joined_cols"])
@@ -71,6 +120,9 @@ def finish_lines(
     col_parts,  # likewise (col_tiles, m)
     joined,  # base-2 logits of positives that join rows (n,) and columns (joined_cols,); None: nothing joins
     p_positive,  # (n,) base-2 logits, or None
+    labels,  # None: row i's positive is column i. Else the labels of one positive a row, sorted, and the rows in this order,
+    # the last two where a column wants them; `joined` are then the positives by row
+    p_zero,  # 0-d logit_scale beside limits, else None
     out,  # float64, natural units, written: row (n,), col (m,), positive (n,), None where absent
     fixed,  # (reference of all sums; 0-d int32, written 0 where one is too small), or None twice
     p_skip,  # 0-d int32: nothing is done unless 0; or None
@@ -89,14 +141,30 @@ def finish_lines(
     o_line = tl.arange(0, BLOCK_LINES)
     if i_block < n_blocks:
         o_line += i_block * BLOCK_LINES
+        m_line = o_line < n
+        m_label = m_line
+        if labels is not None:
+            m_label = load_labels(labels[0], o_line, m_line) >= 0
         if row_parts is not None:
-            finish_line(row_parts, (joined[0], n), out[0], o_line, n, row_tiles, fixed, BLOCK_TILES)
+            b_lse = merged_line(row_parts, fixed, o_line, n, row_tiles, BLOCK_TILES)
+            if joined[0] is not None:
+                b_joined = tl.load(joined[0] + o_line, mask=m_label, other=float("-inf")).to(tl.float64)
+                b_lse = logaddexp2(b_lse, b_joined)
+            store_statistic(out[0], o_line, m_line, b_lse, p_zero)
         if p_positive is not None:
-            b_positive = tl.load(p_positive + o_line, mask=o_line < n, other=0.0).to(tl.float64)
-            tl.store(out[2] + o_line, b_positive * LN2, mask=o_line < n)
+            b_positive = tl.load(p_positive + o_line, mask=m_label, other=0.0).to(tl.float64)
+            store_statistic(out[2], o_line, m_line, b_positive, p_zero)
     elif col_parts is not None:
         o_line += (i_block - n_blocks) * BLOCK_LINES
-        finish_line(col_parts, (joined[1], joined_cols), out[1], o_line, m, col_tiles, fixed, BLOCK_TILES)
+        m_line = o_line < m
+        b_lse = merged_line(col_parts, fixed, o_line, m, col_tiles, BLOCK_TILES)
+        if joined[1] is not None:
+            if labels is None:
+                b_joined = tl.load(joined[1] + o_line, mask=o_line < joined_cols, other=float("-inf")).to(tl.float64)
+            else:
+                b_joined = joined_column(joined[1], labels, o_line, m_line, n, BLOCK_TILES)
+            b_lse = logaddexp2(b_lse, b_joined)
+        store_statistic(out[1], o_line, m_line, b_lse, p_zero)
 
 
 @triton.jit
@@ -211,6 +279,36 @@ def pack_lines(
 
 
 @triton.jit(do_not_specialize=["n", "m"])
+def pack_limits(
+    limits,  # (n,) and (m,) similarities; None: no limit
+    p_scale,  # 0-d logit_scale
+    out,  # (n..) and (m..) float32, written: in units of the logits times the sign, inf past the end; None: no limit
+    p_sign,  # 0-d float32, written: the scale's
+    p_tiles_scale,  # 0-d, written: the scale, TINY in place of 0
+    n,
+    m,
+    PAD: tl.constexpr,
+):
+    scale = tl.load(p_scale)
+    tiles_scale = tl.where(scale == 0, TINY, scale)
+    if tl.program_id(0) == 0:
+        tl.store(p_sign, tl.where(scale < 0, -1.0, 1.0))
+        tl.store(p_tiles_scale, tiles_scale)
+    factor = tl.abs(tiles_scale.to(tl.float64) * LOG2E)
+    o_line = tl.program_id(0) * PAD + tl.arange(0, PAD)
+    if limits[0] is not None:
+        store_limit(limits[0], out[0], o_line, n, factor, PAD)
+    if limits[1] is not None:
+        store_limit(limits[1], out[1], o_line, m, factor, PAD)
+
+
+@triton.jit
+def store_limit(p_limit, p_out, o_line, n, factor, PAD: tl.constexpr):
+    b_limit = tl.load(p_limit + o_line, mask=o_line < n, other=float("inf")).to(tl.float64) * factor
+    tl.store(p_out + o_line, b_limit.to(tl.float32), mask=o_line < tl.cdiv(n, PAD) * PAD)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
 def mark_ids(
     p_found,  # (K, n + m) int32: numbers that stand for ids
     p_ids,  # (K, n + m) int64: below 0 for none
@@ -282,46 +380,3 @@ def sum_parts(p_parts, p_scale, p_out, n_parts, BLOCK: tl.constexpr):
         o_part = i_part + tl.arange(0, BLOCK)
         b_sum += tl.load(p_parts + o_part, mask=o_part < n_parts, other=0.0)
     tl.store(p_out, (tl.sum(b_sum, 0) / nonzero(p_scale)).to(p_out.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["n"])
-def sum_losses(p_row, p_col, p_positive, p_weight, p_out, n, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """out = sum_i w_i ((row_i + col_i) / 2 - positive_i), or its mean, by one program. p_weight is None for 1."""
-    b_sum = tl.zeros((BLOCK,), tl.float64)
-    for i_first in range(0, n, BLOCK):
-        o_row = i_first + tl.arange(0, BLOCK)
-        m_row = o_row < n
-        b_row = tl.load(p_row + o_row, mask=m_row, other=0.0)
-        b_col = tl.load(p_col + o_row, mask=m_row, other=0.0)
-        b_positive = tl.load(p_positive + o_row, mask=m_row, other=0.0)
-        b_loss = 0.5 * (b_row - b_positive) + 0.5 * (b_col - b_positive)
-        if p_weight is not None:
-            b_loss *= tl.load(p_weight + o_row, mask=m_row, other=0).to(tl.float64)
-        b_sum += b_loss
-    total = tl.sum(b_sum, 0)
-    if MEAN:
-        total = total / n
-    tl.store(p_out, total.to(p_out.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["n", "m"])
-def spread_gradient(
-    p_g,  # 0-d
-    p_weight,  # (n,) or None for 1
-    out,  # float64, written: g_row (n,), g_col (m,), g_positive (n,)
-    n,
-    m,
-    MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    o_line = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_row = o_line < n
-    g = tl.load(p_g).to(tl.float64)
-    if MEAN:
-        g = g / n
-    b_g = tl.where(m_row, g, 0.0)
-    if p_weight is not None:
-        b_g *= tl.load(p_weight + o_line, mask=m_row, other=0).to(tl.float64)
-    tl.store(out[0] + o_line, 0.5 * b_g, mask=m_row)
-    tl.store(out[1] + o_line, 0.5 * b_g, mask=o_line < m)
-    tl.store(out[2] + o_line, -b_g, mask=m_row)

@@ -1,4 +1,4 @@
-"""What `line_kernels` is launched with: statistics, what the backward's tiles read, the scale's gradient, a loss of lines."""
+"""What the kernels over lines are launched with: statistics, what the backward's tiles read, gradients, a loss of lines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..chunks import cdiv, round_up
-from ..contract import Lines
-from .operands import PAD
+from ..contract import Lines, Want
+from .operands import PAD, contiguous
 from .partials import MERGE_LINES, MERGE_TILES, Parts
 from .run import run
 
 BLOCK = 128  # lines of a program, which divides PAD
 ROWS, BLOCK_D = 8, 128  # of an inner product's program
 ONE_PROGRAM = 1024  # numbers at a time of a sum by one program
+BOTH = Want(row=True, col=True)
 
 
 def finish(
@@ -24,16 +25,19 @@ def finish(
     m: int,
     *,
     given: Tensor | None,
+    labels: Tensor | None = None,
+    zero: Tensor | None = None,
     fixed: tuple[Tensor | None, Tensor | None] = (None, None),
     skip: Tensor | None = None,
     into: Lines | None = None,
 ) -> Lines:
     """Statistics of lines in natural units, float64, from partial sums and base-2 logits of positives that join them.
 
-    `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already. `fixed` and
-    `skip`: as `line_kernels.finish_lines` takes them. `into`: what is written again, unless skipped.
+    `positive2` (N, P): logits of positives, base 2; `given`: their value in natural units where it is there already.
+    `labels` (N, 1): columns of the positives, which otherwise are i. `zero`: logit_scale beside limits. `fixed` and `skip`: as
+    `line_kernels.finish_lines` takes them. `into`: what is written again, unless skipped.
     """
-    n = len(positive2)
+    n = positive2.shape[0]
     if into is not None:
         row, col, positive = into
         assert positive is not None
@@ -50,6 +54,8 @@ def finish(
         col_parts=parts[1],
         joined=joined,
         p_positive=positive2 if given is None else None,
+        labels=None if labels is None else sorted_labels(labels, by_column=col is not None and joined[1] is not None),
+        p_zero=zero,
         out=(row, col, positive if given is None else None),
         fixed=fixed,
         p_skip=skip,
@@ -57,7 +63,7 @@ def finish(
         m=m,
         row_tiles=tiles[0],
         col_tiles=tiles[1],
-        joined_cols=0 if joined[1] is None else len(joined[1]),
+        joined_cols=0 if joined[1] is None else joined[1].shape[0],
         BLOCK_TILES=MERGE_TILES,
         BLOCK_LINES=MERGE_LINES,
         num_warps=4,
@@ -86,7 +92,7 @@ def pack(
     """
     positive = statistics.positive
     assert positive is not None
-    n = len(positive)
+    n = positive.shape[0]
     by_row, by_col = g.row is not None and statistics.row is not None, g.col is not None and statistics.col is not None
     lengths = round_up(n, PAD), round_up(m, PAD)
     row_line, col_line = (
@@ -119,8 +125,13 @@ def pack(
     return row_line, col_line, middle, entry
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def sorted_labels(labels: Tensor, *, by_column: bool) -> tuple[Tensor, ...]:
+    """Labels (N, 1) as kernels take them: (labels, sorted, the rows in this order), by which a column finds its rows; or alone.
+
+    Rows of one label stay in their order, and sums over them have the same bits every time.
+    """
+    labels = labels.reshape(-1)
+    return (labels, *labels.sort(stable=True)) if by_column else (labels,)
 
 
 def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) -> Tensor:
@@ -128,7 +139,7 @@ def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) ->
 
     x and `other` (M, D) are gradients of the sides, made with `pack(nonzero=True)`; where the scale is 0 they become 0.
     """
-    programs = cdiv(max(len(x), 0 if other is None else len(other)), ROWS)
+    programs = cdiv(max(x.shape[0], 0 if other is None else other.shape[0]), ROWS)
     parts, out = x.new_empty(programs, dtype=torch.float64), torch.empty_like(scale)
     run(
         "inner_products",
@@ -139,8 +150,8 @@ def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) ->
         strides=(x.stride(0), y.stride(0), 0 if other is None else other.stride(0)),
         p_scale=scale,
         p_parts=parts,
-        n=len(x),
-        m=0 if other is None else len(other),
+        n=x.shape[0],
+        m=0 if other is None else other.shape[0],
         d=x.shape[1],
         ROWS=ROWS,
         BLOCK_D=BLOCK_D,
@@ -150,20 +161,24 @@ def scale_gradient(x: Tensor, y: Tensor, other: Tensor | None, scale: Tensor) ->
     return out
 
 
-def sum_losses(lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dtype) -> Tensor:
-    """0-d `sum_i w_i ((row_i + col_i) / 2 - positive_i)`, or its mean over rows, of default labels."""
-    row, col, positive = lines
-    assert row is not None
-    out = row.new_empty((), dtype=dtype)
+def sum_losses(
+    lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dtype, labels: Tensor | None = None
+) -> Tensor:
+    """0-d `sum_i w_i ((row_i + col_{t_i}) / 2 - positive_i)`, or its mean over rows; `row_i` or `col_{t_i}` where one is None.
+
+    `labels` (N, 1): t, -1 for none; None: `t_i = i`.
+    """
+    positive = lines.positive
+    assert positive is not None
+    out = positive.new_empty((), dtype=dtype)
     run(
         "sum_losses",
         1,
-        p_row=row,
-        p_col=col,
-        p_positive=positive,
+        lines=(lines.row, lines.col, positive),
         p_weight=weights,
+        p_labels=contiguous(labels),
         p_out=out,
-        n=len(row),
+        n=positive.shape[0],
         MEAN=mean,
         BLOCK=ONE_PROGRAM,
         num_warps=4,
@@ -171,19 +186,26 @@ def sum_losses(lines: Lines, weights: Tensor | None, mean: bool, dtype: torch.dt
     return out
 
 
-def spread_gradient(g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool) -> Lines:
+def spread_gradient(
+    g: Tensor, weights: Tensor | None, n: int, m: int, mean: bool, want: Want = BOTH, labels: Tensor | None = None
+) -> Lines:
     """Of `sum_losses` with respect to lines, float64, from that with respect to its result."""
-    row, col, positive = (g.new_empty(shape, dtype=torch.float64) for shape in ((n,), (m,), (n, 1)))
+    row, col, positive = (
+        g.new_empty(shape, dtype=torch.float64) if wanted else None
+        for shape, wanted in (((n,), want.row), ((m,), want.col), ((n, 1), True))
+    )
     run(
         "spread_gradient",
-        cdiv(max(n, m), BLOCK),
+        cdiv(max(n, m) if want.col else n, BLOCK),
         p_g=g,
         p_weight=weights,
+        labels=None if labels is None else sorted_labels(labels, by_column=want.col),
         out=(row, col, positive),
         n=n,
         m=m,
         MEAN=mean,
         BLOCK=BLOCK,
+        BLOCK_ROWS=MERGE_TILES,
         num_warps=4,
     )
     return Lines(row, col, positive)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...pairs import Pairs
 from ..chunks import round_up
-from ..terms import bias2, limits2, scale_of_tiles, sign
+from ..terms import bias2
 from .config import Config, TileShape, select
 from .run import Block, run
 
@@ -29,19 +28,16 @@ class Terms(NamedTuple):
     rhs_bias: Tensor | None  # (M..) float32, base 2
 
     @classmethod
-    def of(cls, pairs: Pairs) -> Terms:
+    def of(cls, pairs: Pairs) -> tuple[Terms, Tensor]:
+        """With the scale that tiles multiply by, `terms.scale_of_tiles`."""
         ids = None
         if pairs.lhs_ids is not None and pairs.rhs_ids is not None:
             ids = tuple(zip(*compress_ids(pairs.lhs_ids, pairs.rhs_ids), strict=True))
-        limits = {name: padded(x, math.inf) for name, x in limits2(pairs, torch.float32).items()}
         bias = bias2(pairs, torch.float32)
-        return cls(
-            sign(pairs.logit_scale, torch.float32) if limits else None,
-            ids,
-            limits.get("lhs_limit"),
-            limits.get("rhs_limit"),
-            None if bias is None else padded(bias, 0),
+        sign, lhs_limit, rhs_limit, scale = (
+            pack_limits(pairs) if pairs.limited else (None, None, None, pairs.logit_scale)
         )
+        return cls(sign, ids, lhs_limit, rhs_limit, None if bias is None else padded(bias, 0)), scale
 
     def in_chunk(self, rows: slice, cols: slice) -> tuple[Any, ...]:
         """The vectors from the chunk's first row and column on. No tuple inside holds a None, which Triton 3.5 cannot read."""
@@ -70,15 +66,15 @@ class Operands:
     @classmethod
     def of(cls, pairs: Pairs) -> Operands:
         precision = input_precision(pairs.lhs.dtype)
-        scale = scale_of_tiles(pairs)
+        terms, scale = Terms.of(pairs)
         return cls(
             operand(pairs.lhs),
             operand(pairs.rhs),
             pairs.d,
             (scale, scale if pairs.lhs.dtype == torch.float32 else None),
-            None if pairs.labels is None else padded(pairs.labels.to(torch.int32), -1),
+            None if pairs.labels is None else padded(pairs.labels, -1, torch.int32),
             pairs.positives,
-            Terms.of(pairs),
+            terms,
             select(pairs.lhs.device, pairs.lhs.dtype, pairs.d, precision),
             precision,
         )
@@ -149,11 +145,37 @@ def operand(x: Tensor) -> Tensor:
     return copy
 
 
-def padded(x: Tensor, value: float) -> Tensor:
+def padded(x: Tensor, value: float, dtype: torch.dtype | None = None) -> Tensor:
     """A copy with rows of `value` added up to a multiple of PAD."""
-    copy = x.new_full((round_up(len(x), PAD), *x.shape[1:]), value)
+    copy = x.new_full((round_up(len(x), PAD), *x.shape[1:]), value, dtype=dtype)
     copy[: len(x)] = x
     return copy
+
+
+def pack_limits(pairs: Pairs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(sign, lhs_limit, rhs_limit) of `Terms` and the scale of tiles: `terms`'s functions in one launch."""
+    scale, limits = pairs.logit_scale, (contiguous(pairs.lhs_limit), contiguous(pairs.rhs_limit))
+    lengths = tuple(0 if x is None else round_up(len(x), PAD) for x in limits)
+    left, right = (scale.new_empty(length, dtype=torch.float32) if length else None for length in lengths)
+    sign, tiles_scale = scale.new_empty((), dtype=torch.float32), torch.empty_like(scale)
+    run(
+        "pack_limits",
+        max(lengths) // PAD,
+        limits=limits,
+        p_scale=scale,
+        out=(left, right),
+        p_sign=sign,
+        p_tiles_scale=tiles_scale,
+        n=pairs.n,
+        m=pairs.m,
+        PAD=PAD,
+        num_warps=4,
+    )
+    return sign, left, right, tiles_scale
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def compress_ids(lhs_ids: Tensor, rhs_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class Block:
 
 
 def run(kernel: str, programs: int, **arguments: Any) -> None:
-    """Launches a kernel of `kernels`, `strip_kernels`, `line_kernels` or `field_kernels` on the device of its tensors."""
+    """Launches a kernel of this package's `kernels` and `*_kernels` modules on the device of its tensors."""
     _runner(kernel, programs, **arguments)
 
 
@@ -72,11 +72,11 @@ _runner: Callable[..., None] = _launch
 
 @cache
 def _jit_functions() -> dict[str, Any]:
-    from . import field_kernels, kernels, line_kernels, sigmoid, softmax, strip_kernels
+    from . import field_kernels, kernels, line_kernels, loss_kernels, sigmoid, softmax, strip_kernels
 
     return {
         name: f
-        for module in (softmax, sigmoid, field_kernels, line_kernels, strip_kernels, kernels)
+        for module in (softmax, sigmoid, field_kernels, line_kernels, loss_kernels, strip_kernels, kernels)
         for name, f in defined_in(module)
     }
 
