@@ -21,6 +21,7 @@ from torch import Tensor
 from bench import oracle
 from bench.cases import DTYPES, LOGIT_BIAS, Case, Inputs, build
 from bench.peers import COMPILED, DENSE_COPIES, Loss, Unsupported, peer, version
+from gcl_kernels.backends import settings
 from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
@@ -219,10 +220,13 @@ def cpu_extra_mib(case: Case, name: str) -> float | None:
 
 
 def print_memory_of(name: str, case: Case) -> None:
-    # A step first: libraries and threads are there, and a compiler has done its work at this shape.
-    first = case if name in COMPILED else replace(case, n=64, m=64)
+    # A step first: libraries and threads are there, for a small batch and for one of several tiles, and a compiler has done its
+    # work at this shape.
+    first = case if name in COMPILED else replace(case, n=128, m=128)
     loss = peer(name)(first)
-    step(loss, build(first), first)
+    for tile in (None, (64, 64)):
+        with settings(tile=tile):
+            step(loss, build(first), first)
     loss = loss if first == case else peer(name)(case)
     inputs = build(case)
     gc.collect()

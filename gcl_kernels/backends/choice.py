@@ -128,6 +128,7 @@ BACKENDS = {
 }
 
 
+@cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name].module, __package__)
 
