@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fields", type=numbers(int), default=[1], help="fields of the right-hand side")
     parser.add_argument("--ids", action="store_true", help="mask false negatives")
     parser.add_argument("--loss", default="softmax", choices=cases.LOSSES)
+    parser.add_argument("--option", type=words(cases.OPTIONS), default=[""], help=", ".join(cases.OPTIONS[1:]))
     parser.add_argument(
         "--peers",
         type=chosen_peers,
@@ -74,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, help="default: 31 for short steps, 5 for others")
     parser.add_argument("--no-error", action="store_true", help="leave out the float64 oracle")
     parser.add_argument("--curves", action="store_true", help="the scaling curves instead")
+    parser.add_argument("--largest", type=int, help="of the curves: leave out what is above this N")
     parser.add_argument("--json", type=Path, help="result file; default: none, the table is printed")
     parser.add_argument("--resume", action="store_true", help="leave out what the result file has")
     parser.add_argument("--memory-of", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
@@ -90,7 +92,7 @@ def chosen_peers(text: str) -> tuple[str, ...]:
 
 def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
     if options.curves:
-        return cases.curves(options.device)
+        return cases.curves(options.device, options.largest)
     found = cases.product(
         devices=[options.device],
         dtypes=options.dtype,
@@ -104,7 +106,9 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
         fields=options.fields,
         ids=[options.ids],
     )
-    return [(replace(case, loss=options.loss), options.peers) for case in found]
+    return [
+        (replace(case, loss=options.loss, option=option), options.peers) for case in found for option in options.option
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

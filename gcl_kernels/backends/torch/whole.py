@@ -107,7 +107,7 @@ def softmax_step(
 
 
 def sigmoid_step(
-    pairs: Pairs, bias: Tensor, mean: bool, need: PointwiseNeed
+    pairs: Pairs, bias: Tensor | float, mean: bool, need: PointwiseNeed
 ) -> tuple[Tensor, PointwiseGradients] | None:
     """sum_i (softplus(-z_ii) + sum_j softplus(z_ij)), j over the visible negatives, or its mean over rows; its gradients."""
     scale, offset = float(pairs.logit_scale), float(bias)
@@ -137,7 +137,7 @@ def sigmoid_step(
     dbias = None
     if need.bias:
         of_positives = diagonal.sum(dtype=kind)
-        dbias = u.sum(dim=1).sum(dtype=kind).sub_(of_positives, alpha=2).div_(scale).to(bias)
+        dbias = u.sum(dim=1).sum(dtype=kind).sub_(of_positives, alpha=2).div_(scale).to(pairs.logit_scale)
     diagonal.neg_()
     return loss, plane.gradients(u, scale)._replace(bias=dbias)
 
