@@ -98,7 +98,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *given):
         needs = ctx.needs_input_grad
-        ctx.need = PointwiseNeed(*needs[:3], needs[len(FIELDS)])
+        ctx.need = PointwiseNeed(needs[0], needs[1], needs[2], needs[len(FIELDS)])
         made = _made(given, ctx.need)
         if made is None:
             return None

@@ -228,7 +228,9 @@ class WholePlane:
             drhs = onednn_product(transposed, lhs) if onednn else torch.mm(transposed, lhs)
         if need.scale:
             if dscale is None:
-                dscale = self.lhs * dlhs if dlhs is not None else self.rhs * drhs
+                product, side = (dlhs, self.lhs) if dlhs is not None else (drhs, self.rhs)
+                assert product is not None
+                dscale = side * product
             kind = statistics_dtype(gradient.device)
             dscale = dscale.sum(dim=1).sum(dtype=kind).div_(scale).to(pairs.logit_scale)
         dlhs, drhs = (g if g is None or g.dtype == dtype else g.to(dtype) for g in (dlhs, drhs))
