@@ -81,7 +81,8 @@ def test_softmax_as_right_as_dense_and_as_the_passes(dtype, shape, options, step
     n, m, _ = shape
     if options == "ids" and n == 2:
         pytest.skip("both rows have one id, and nothing to see")
-    inputs, given = drawn(*shape, dtype), options_of(options, n, m)
+    # of two rows at a scale of 30 a loss may be below what dense PyTorch tells from 0 in float64
+    inputs, given = drawn(*shape, dtype, scale=30.0 if n > 2 else 5.0), options_of(options, n, m)
     got = results(lambda *x: gcl_loss(*x, **given), inputs)
     assert steps == {"softmax_step": [True], "sigmoid_step": []}
     assert [g.dtype for g in got] == [torch.promote_types(dtype, torch.float32), dtype, dtype, torch.float32]

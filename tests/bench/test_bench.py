@@ -310,8 +310,10 @@ def test_memory_in_a_fresh_process_sees_the_kept_exponentials():
 
 
 def test_memory_of_a_step_is_within_the_plan(monkeypatch):
-    """In a shape whose sides are four tiles each: a copy of one that is held too long shows. The plan is that of the passes, which
-    hold one such copy more than the one step of a small batch does."""
+    """In a shape whose sides are four tiles each: a copy of one that is held too long shows.
+
+    The plan is that of the passes, which hold one such copy more than the one step of a small batch does.
+    """
     monkeypatch.delenv("GCL_KERNELS_WORKSPACE_MIB", raising=False)
     case = memory.Case("ours", 1024, 4096)
     assert 8 < memory.measured(case) < 1.15 * memory.predicted(case, this_cpu())
