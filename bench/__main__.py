@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fields", type=numbers(int), default=[1], help="fields of the right-hand side")
     parser.add_argument("--ids", action="store_true", help="mask false negatives")
     parser.add_argument("--loss", default="softmax", choices=cases.LOSSES)
+    parser.add_argument("--option", type=words(cases.OPTIONS), default=[""], help=", ".join(cases.OPTIONS[1:]))
     parser.add_argument(
         "--graph", choices=("no", "yes", "both"), default="no", help="steps eager, replayed in a CUDA graph, or both"
     )
@@ -77,6 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, help="default: 31 for short steps, 5 for others")
     parser.add_argument("--no-error", action="store_true", help="leave out the float64 oracle")
     parser.add_argument("--curves", action="store_true", help="the scaling curves instead")
+    parser.add_argument("--largest", type=int, help="of the curves: leave out what is above this N")
     parser.add_argument("--json", type=Path, help="result file; default: none, the table is printed")
     parser.add_argument("--resume", action="store_true", help="leave out what the result file has")
     parser.add_argument("--memory-of", nargs=2, metavar=("PEER", "CASE"), help=argparse.SUPPRESS)
@@ -93,7 +95,7 @@ def chosen_peers(text: str) -> tuple[str, ...]:
 
 def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
     if options.curves:
-        return cases.curves(options.device)
+        return cases.curves(options.device, options.largest)
     found = cases.product(
         devices=[options.device],
         dtypes=options.dtype,
@@ -110,7 +112,12 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
     if options.graph != "no" and options.device != "cuda":
         raise SystemExit(f"--graph: expected --device cuda, got {options.device}")
     graphs = {"no": (False,), "yes": (True,), "both": (False, True)}[options.graph]
-    return [(replace(case, loss=options.loss, graph=graph), options.peers) for case in found for graph in graphs]
+    return [
+        (replace(case, loss=options.loss, option=option, graph=graph), options.peers)
+        for case in found
+        for option in options.option
+        for graph in graphs
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,6 +16,9 @@ DTYPES = {name: dtype for dtype, short in SHORT_NAMES.items() for name in (short
 PASSES = ("forward", "backward", "both")
 DRAWS = ("isotropic", "clustered")
 LOSSES = ("softmax", "sigmoid")
+# What else a loss may be asked for, beside the fields of a case: limits of similarity or a bias of the columns on the primitive's
+# softmax, a margin of false negatives of `gcl_loss`, and the sigmoid's primitive.
+OPTIONS = ("", "limits", "false_negative_margin", "rhs_bias", "pairwise_softplus")
 
 LOGIT_BIAS = -10.0  # of a sigmoid: SigLIP's start
 
@@ -36,6 +39,7 @@ class Case:
     fields: int = 1  # of the right-hand side
     ids: bool = False
     loss: str = "softmax"
+    option: str = ""
     graph: bool = False  # a step captured once in a CUDA graph and replayed: no host in the time
 
     @property
@@ -43,6 +47,8 @@ class Case:
         """Of the least work without N x M memory, by which rates are counted: 8 N M D, 6 for one direction and for a sigmoid; 2
         forward alone."""
         least = {"forward": 2, "backward": 6 if self.directions == "both" and self.loss == "softmax" else 4}
+        if self.option == "pairwise_softplus":
+            least["backward"] = 6  # its upstream gradient is not known beforehand
         return (sum(least.values()) if self.passes == "both" else least[self.passes]) * self.n * self.m * self.d
 
     @property
@@ -53,6 +59,7 @@ class Case:
         extras += [f"{self.passes} only"] if self.passes != "both" else []
         extras += [f"{self.fields} fields"] if self.fields > 1 else []
         extras += [self.loss] if self.loss != "softmax" else []
+        extras += [self.option] if self.option else []
         return ", ".join([shape, *extras, *["ids"] * self.ids, *["CUDA graph"] * self.graph])
 
     def as_dict(self) -> dict:
@@ -135,27 +142,39 @@ def product(
 
 
 SMALL_N = (64, 128, 256, 512, 1024, 2048, 4096)
+OTHER_CURVES_N = (64, 256, 1024, 4096)  # of other dtypes and losses
 
 
-def curves(device: str) -> list[tuple[Case, tuple[str, ...]]]:
-    """The scaling curves of a device, each case with its peers: N, D, number of fields, ids, directions, small batches."""
+def curves(device: str, largest: int | None = None) -> list[tuple[Case, tuple[str, ...]]]:
+    """The scaling curves of a device, each case with its peers: N, dtypes, losses, D, number of fields, and each option alone.
+
+    `largest`: bounds every N, for a run that only tries the command.
+    """
     cpu = device == "cpu"
     dtype, other_dtype, n, d, dense_limit = (
         ("fp32", "bf16", 4096, 512, 16_384) if cpu else ("bf16", "fp32", 32_768, 768, 65_536)
     )
+    n = min(n, largest or n)
     base = Case(device, dtype, n, n, d, logit_scale=100 / 7)
     ours, beside = ("ours",), ("ours", "open_clip")
+    sigmoid = {"loss": "sigmoid", "logit_scale": 10.0}
+    peers_of_sigmoid = (*beside, *(() if cpu else ("siglip_kernel",)))
+    others = [size for size in (*OTHER_CURVES_N, n) if size <= dense_limit]
     ns = (*SMALL_N, 8192, 16_384, 32_768, 65_536, *(() if cpu else (131_072, 262_144, 524_288, 1_048_576)))
-    changed = [
+    changed: list[tuple[dict, tuple[str, ...]]] = [
         *(({"n": n, "m": n}, beside if n <= dense_limit else ours) for n in ns),
-        *(({"d": d}, beside) for d in (64, 128, 256, 512, 768, 1024, 1280) if d != base.d),
-        *(({"fields": f}, (*ours, "dense")) for f in (2, 3, 4, 6, 8)),
+        *(({"n": n, "m": n, "dtype": other_dtype}, beside) for n in others),
+        *(({"n": n, "m": n, **sigmoid}, peers_of_sigmoid) for n in others),
+        *(({"n": n, "m": n, "dtype": other_dtype, **sigmoid}, peers_of_sigmoid) for n in others),
+        *(({"d": d}, beside) for d in (64, 256, 512, 768, 1024) if d != base.d),
+        *(({"fields": f}, (*ours, "dense")) for f in (2, 4, 8)),
         ({"ids": True}, (*ours, "dense")),
+        *(({"option": option}, (*ours, "dense")) for option in OPTIONS[1:-1]),
+        ({"option": OPTIONS[-1], **sigmoid}, (*ours, "dense")),
         ({"directions": "lhs_to_rhs"}, (*ours, "linear_cross_entropy", "linear_cross_entropy_chunked")),
         ({"passes": "forward"}, beside),
-        ({"dtype": other_dtype}, beside),
         ({"logit_scale": 100.0}, beside),
         ({"logit_scale": 100.0, "draw": "isotropic"}, beside),
-        ({"loss": "sigmoid", "logit_scale": 10.0}, (*beside, *(() if cpu else ("siglip_kernel",)))),
     ]
-    return [(replace(base, **change), peers) for change, peers in changed]
+    found = dict.fromkeys((replace(base, **change), peers) for change, peers in changed)
+    return [(case, peers) for case, peers in found if largest is None or case.n <= largest]

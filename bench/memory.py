@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bench.cases import DTYPES
 from bench.measure import in_fresh_process
 from gcl_kernels import ClipLoss, plan
+from gcl_kernels.backends import settings
 from gcl_kernels.chips import Chip, this_cpu
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 from gcl_kernels.training.openclip import import_open_clip
@@ -70,7 +71,9 @@ def measure_here(name: str, n: int, d: int, dtype: str) -> float:
         x, y = (unit(torch.randn(rows, d)).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
         return x, y, torch.tensor(100 / 7).requires_grad_()
 
-    loss(*inputs(64)).backward()  # libraries and threads are there
+    for tile in (None, (64, 64)):  # libraries and threads are there, for a small batch and for one of several tiles
+        with settings(tile=tile):
+            loss(*inputs(128)).backward()
     tensors = inputs(n)
     before = resident_memory()
     reset_peak_resident_memory()

@@ -15,6 +15,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def imported(load: Callable[[], Any]) -> Any:
 def plain(case: Case) -> None:
     require(case.fields == 1, "has no fields")
     require(not case.ids, "masks no false negatives")
+    require(not case.option, f"has no {case.option}")
 
 
 def plain_pairs(case: Case) -> None:
@@ -64,26 +66,60 @@ def on_gpu(case: Case) -> None:
 
 
 def ours(case: Case) -> Loss:
-    from gcl_kernels import ClipLoss, SigLipLoss, gcl_loss
+    import gcl_kernels
 
-    if case.loss == "sigmoid":
+    if case.loss == "sigmoid" and not case.option:
         plain_pairs(case)
-        return sigmoid(SigLipLoss())
-    if case.fields == 1 and not case.ids and case.directions == "both" and case.n == case.m:
-        clip = ClipLoss()
+        return sigmoid(gcl_kernels.SigLipLoss())
+    if case.fields == 1 and not case.ids and case.directions == "both" and case.n == case.m and not case.option:
+        clip = gcl_kernels.ClipLoss()
         return lambda x: clip(x.lhs, x.rhs[0], x.logit_scale)
-    return any_case(case, gcl_loss)
+    return any_case(case, gcl_kernels)
 
 
 def sigmoid(module: Callable[..., Tensor]) -> Loss:
     return lambda x: module(x.lhs, x.rhs[0], x.logit_scale, LOGIT_BIAS)
 
 
-def any_case(case: Case, gcl_loss: Callable[..., Tensor]) -> Loss:
+def any_case(case: Case, library: ModuleType) -> Loss:
+    """By the functions of `gcl_kernels` or of `reference`, which have the same names."""
+    if case.option in ("limits", "pairwise_softplus"):
+        require(case.fields == 1 and case.directions == "both" and not case.ids, "measured by itself")
+        return with_limits(library) if case.option == "limits" else by_pairs(library)
+    bias = torch.linspace(-1, 1, case.m, device=case.device)
+    options = {"false_negative_margin": {"false_negative_margin": 0.1}, "rhs_bias": {"rhs_bias": bias}}.get(
+        case.option, {}
+    )
+
     def loss(x: Inputs) -> Tensor:
         rhs = x.rhs[0] if len(x.rhs) == 1 else {str(i): y for i, y in enumerate(x.rhs)}
         left, right = x.ids or (None, None)
-        return gcl_loss(x.lhs, rhs, x.logit_scale, directions=case.directions, lhs_ids=left, rhs_ids=right)
+        return library.gcl_loss(
+            x.lhs, rhs, x.logit_scale, directions=case.directions, lhs_ids=left, rhs_ids=right, **options
+        )
+
+    return loss
+
+
+def with_limits(library: ModuleType) -> Loss:
+    """CLIP's loss over the primitive with limits of similarity that hide few pairs."""
+
+    def loss(x: Inputs) -> Tensor:
+        limits = (torch.full_like(y.detach()[:, 0], 0.9) for y in (x.lhs, x.rhs[0]))
+        row, col, positive = library.pairwise_logsumexp(
+            x.lhs, x.rhs[0], x.logit_scale, **dict(zip(("lhs_limit", "rhs_limit"), limits, strict=True))
+        )
+        return ((row + col[: len(row)]) / 2 - positive).mean()
+
+    return loss
+
+
+def by_pairs(library: ModuleType) -> Loss:
+    """SigLIP's loss over the sigmoid's primitive."""
+
+    def loss(x: Inputs) -> Tensor:
+        row, positive = library.pairwise_softplus(x.lhs, x.rhs[0], x.logit_scale, LOGIT_BIAS)
+        return (row + torch.nn.functional.softplus(-positive)).mean()
 
     return loss
 
@@ -125,7 +161,7 @@ def dense(case: Case) -> Loss:
     """The formula as it stands in `reference`: what somebody who needs fields or ids would write."""
     import reference
 
-    return any_case(case, reference.gcl_loss)
+    return any_case(case, reference)
 
 
 def scaled(x: Inputs) -> Tensor:
@@ -275,7 +311,8 @@ SIGMOID = ("ours", "open_clip", "open_clip_compiled", "siglip_kernel")
 
 def peer(name: str) -> Callable[[Case], Loss]:
     def known(case: Case) -> Loss:
-        require(case.loss == "softmax" or name in SIGMOID, "has no sigmoid loss")
+        by_primitive = name == "dense" and case.option == "pairwise_softplus"
+        require(case.loss == "softmax" or name in SIGMOID or by_primitive, "has no sigmoid loss")
         return PEERS[name](case)
 
     if ":" not in name:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, whole
 from .derivatives import refuse_forward_mode
 from .groups import local_tensor
 from .losses import gcl_loss
@@ -120,6 +120,10 @@ class ClipLoss(nn.Module):
             logit_bias: a float or a one-element tensor; it cancels in a softmax, and gets the gradient 0.
             output_dict: True returns `{"contrastive_loss": loss}`.
         """
+        if self.world_size == 1 and logit_bias is None:
+            small = whole.of_features(image_features, text_features, logit_scale)
+            if small is not None:
+                return {"contrastive_loss": small} if output_dict else small
         refuse_forward_mode("ClipLoss", image_features, text_features, logit_scale, logit_bias)
         group = None if self.world_size == 1 else torch.distributed.group.WORLD
         with distributed.shared_failure(group):

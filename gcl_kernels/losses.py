@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import distributed, linear
+from . import distributed, linear, whole
 from .derivatives import refuse_forward_mode
 from .false_negatives import FalseNegatives
 from .fields import FieldWeights, normalized_weights
@@ -158,6 +158,10 @@ def gcl_loss(
     plain = label_smoothing == z_loss == 0 and sides.whole and ranks is None
     if plain and linear.takes(first, weights, directions, reduction, backend):
         return linear.loss(false_negatives.hidden_in(first, None), weights, directions, reduction, backend)
+    if plain and directions == "both" and false_negatives == FalseNegatives():
+        small = whole.softmax(first, weights, reduction, backend)
+        if small is not None:
+            return small.to(torch.promote_types(sides.dtype, torch.float32))
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     options = RowLoss(ROW_SHARE[directions], label_smoothing, z_loss, false_negatives)
     loss = first.lhs.new_zeros(())

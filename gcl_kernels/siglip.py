@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, whole
 from .clip import check_default_group, check_features
 from .derivatives import refuse_forward_mode
 from .groups import local_tensor
@@ -114,6 +114,10 @@ class SigLipLoss(nn.Module):
             logit_bias: likewise; None is 0.
             output_dict: True returns `{"contrastive_loss": loss}`.
         """
+        bias = 0.0 if logit_bias is None else logit_bias
+        small = whole.of_features(image_features, text_features, logit_scale, bias) if self.world_size == 1 else None
+        if small is not None:
+            return {"contrastive_loss": small} if output_dict else small
         refuse_forward_mode("SigLipLoss", image_features, text_features, logit_scale, logit_bias)
         group = None if self.world_size == 1 else torch.distributed.group.WORLD
         with distributed.shared_failure(group):
@@ -126,7 +130,7 @@ class SigLipLoss(nn.Module):
             image_features,
             text_features,
             logit_scale,
-            0.0 if logit_bias is None else logit_bias,
+            bias,
             process_group=group,
             transport=TRANSPORT_OF[self.dist_impl],
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import distributed
+from . import distributed, whole
 from .backends import statistics_dtype
 from .derivatives import refuse_forward_mode
 from .fields import FieldWeights
@@ -115,6 +115,10 @@ def sigmoid_loss(
         }
         ranks = distributed.agree(group, transport, first, logit_scale, alike)
 
+    if len(sides.of_fields) == 1 and weights is None and ranks is None:
+        small = whole.sigmoid(first, bias, reduction, backend)
+        if small is not None:
+            return small.to(torch.promote_types(sides.dtype, torch.float32))
     divisor = denominator(weights, labels, first.lhs, reduction, ranks)
     loss = first.lhs.new_zeros(())
     for share, pairs, present in sides.of_fields:

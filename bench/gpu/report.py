@@ -141,7 +141,8 @@ def plot(found: Sequence[Result], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from bench.report import COLOURS, name_of
+    from bench.cells import name_of
+    from bench.figures import COLOURS
 
     panels = [(loss, graph) for loss in ("softmax", "sigmoid") for graph in (False, True)]
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")

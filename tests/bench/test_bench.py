@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic: its oracle, its counts, its files. Never its times."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import reference
 from bench import __main__ as command
 from bench import cases, measure, memory, oracle, peers, report
+from bench import cells as cells_of
 from gcl_kernels.chips import this_cpu
 from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
@@ -279,18 +281,67 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert "| 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.readme_table(result)
+    assert (
+        "| ClipLoss, fp32 | 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |"
+        in report.readme_table(result)
+    )
     one = tmp_path / "one.png"
     report.draw(result | {"cells": cells[:1]}, one)
     assert not one.exists()  # one case has no curve; its table is all there is
     text = report.bench_readme({"run.json": result})
     assert "## run" in text
     assert "N = 256, D = 64" in text
-    assert "| gcl_kernels | 51.2 s | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| gcl_kernels | 51.2 s | 51.2 s | 3 | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
     # A step that was measured once has neither a spread nor a rate.
-    assert "| gcl_kernels | 200 s |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
-    assert "| 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
+    assert "| gcl_kernels | 200 s | 200 s | 1 |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
+    assert "| ClipLoss, fp32 | 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
     assert report.read(tmp_path / "absent.json") == {"cells": []}
+
+
+def test_the_curves_have_rows_of_every_loss_dtype_and_option(tmp_path):
+    cells = []
+    for case, names in cases.curves("cpu"):
+        for peer in names:
+            over = {"open_clip": 0.5 if case.n == 64 else 2.0} if peer == "ours" and "open_clip" in names else None
+            mib = 5.0 if case.n > 16_384 else case.n / 64
+            cells.append({**case.as_dict(), "peer": peer, "version": "1", "seconds": [1e-4 * case.n, 2e-4 * case.n], "over": over,
+                          "reason": None, "tflops": 1.0, "of_gemm": 0.9, "gemm_tflops": 0.2, "extra_mib": mib})  # fmt: skip
+    machine = {"threads": 1, "cpu": "a CPU", "capability": "AVX512", "torch": "2", "gpu": None}
+    result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1"}}
+    curves = cells_of.series(cells)
+    assert list(curves) == [("softmax", "fp32"), ("softmax", "bf16"), ("sigmoid", "fp32"), ("sigmoid", "bf16")]
+    assert [len({c["n"] for c in of_curve}) for of_curve in curves.values()] == [11, 4, 4, 4]
+    assert {c["option"] for c in cells} == set(cases.OPTIONS)
+    table = report.readme_table(result)
+    assert "| SigLipLoss, bf16 | 1,024 | 154 ms | 154 ms | 2.00x (noisy) | 6.0 N²D |" in table
+    assert "Our extra memory falls above N = 16,384: the workspace budget" in table
+    assert "open_clip is faster for ClipLoss in fp32 at N = 64, ClipLoss in bf16 at N = 64" in table
+    assert "| open_clip.SigLipLoss | 6.4 ms | 9.6 ms | 2 | -33% +33% (noisy) |" in report.bench_readme(
+        {"run.json": result}
+    )
+    report.draw(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert max(case.n for case, _ in cases.curves("cpu", 128)) == 128
+
+
+@pytest.mark.parametrize("option", cases.OPTIONS)
+def test_the_peers_of_an_option_agree_and_others_say_why_not(option):
+    case = cases.Case("cpu", "fp64", 24, 24, 8, option=option)
+    if option == "pairwise_softplus":
+        case = replace(case, loss="sigmoid")
+    inputs = cases.build(case)
+    ours, dense = (peers.peer(name)(case)(inputs) for name in ("ours", "dense"))
+    torch.testing.assert_close(ours, dense)
+    if option:
+        with pytest.raises(peers.Unsupported, match=f"has no {option}"):
+            peers.peer("linear_cross_entropy" if option != "pairwise_softplus" else "open_clip")(case)
+
+
+def test_one_thread_of_a_cpu_is_timed_by_itself(monkeypatch):
+    for threads, expected in ((1, time.thread_time), (2, time.perf_counter)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert measure.clock("cpu") is expected
+    assert measure.clock("cuda") is time.perf_counter
 
 
 def test_the_pages_are_what_the_report_writes():
@@ -343,8 +394,11 @@ def test_memory_in_a_fresh_process_sees_the_kept_exponentials():
     assert 16 < measure.cpu_extra_mib(case, "ours") < 40  # 16 MiB of exponentials and two tiles
 
 
-def test_memory_of_a_step_is_that_of_the_plan(monkeypatch):
-    """In a shape whose chunk of lhs is four tiles: what is held too long shows."""
+def test_memory_of_a_step_is_within_the_plan(monkeypatch):
+    """In a shape whose sides are four tiles each: a copy of one that is held too long shows.
+
+    The plan is that of the passes, which hold one such copy more than the one step of a small batch does.
+    """
     monkeypatch.delenv("GCL_KERNELS_WORKSPACE_MIB", raising=False)
     case = memory.Case("ours", 1024, 4096)
-    assert memory.measured(case) == pytest.approx(memory.predicted(case, this_cpu()), rel=0.15)
+    assert 8 < memory.measured(case) < 1.15 * memory.predicted(case, this_cpu())
