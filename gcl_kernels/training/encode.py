@@ -25,16 +25,20 @@ Inputs = dict[str, tuple[Tensor, Tensor | None]]
 class TwoTower(nn.Module):
     """An open_clip model whose `forward` encodes every field of both sides, as DistributedDataParallel wants it.
 
-    `forward(left, right, ...)` of `Inputs` returns the same mapping of `{field: (N, D)}`, not normalised, and the
-    logit scale, 0-d, last. What a field is follows from its shape: token ids are (V, context), images (V, 3, H, W).
+    `forward(left, right, ...)` of `Inputs` returns the same mapping of `{field: (N, D)}`, not normalised, and last the
+    logit scale and, if `biased`, the logit bias, both 0-d. What a field is follows from its shape: token ids are
+    (V, context), images (V, 3, H, W).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, biased: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.biased = model, biased
 
     def forward(self, *sides: Inputs) -> tuple[Any, ...]:
-        return *(self.encode(side) for side in sides), self.model.logit_scale.exp().reshape(())
+        of_logits = [self.model.logit_scale.exp().reshape(())]
+        if self.biased:
+            of_logits.append(self.model.logit_bias.reshape(()))
+        return *(self.encode(side) for side in sides), *of_logits
 
     def encode(self, side: Inputs) -> dict[str, Tensor]:
         """Each distinct value is encoded once, however many rows hold it."""

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import gcl_kernels
 from gcl_kernels import grad_cache
 from gcl_kernels.training.encode import FieldEncoder, TwoTower
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.feeding import Batch
+from gcl_kernels.training.objective import Objective, start_logits
 from gcl_kernels.training.openclip import freeze_unused, hold_frozen
-from gcl_kernels.training.options import by_similarity, weighting
 from gcl_kernels.training.processes import Processes
+
+OF_LOGITS = ("logit_scale", "logit_bias")
+"""Parameters that belong to no tower."""
 
 
 class Learner:
@@ -36,9 +38,7 @@ class Learner:
     def __init__(self, args: argparse.Namespace, group: Processes, model: Any, encoder: FieldEncoder) -> None:
         self._args, self._group, self.model, self.encoder = args, group, model, encoder
         self.micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
-        if args.logit_scale:
-            with torch.no_grad():
-                model.logit_scale.fill_(math.log(args.logit_scale))
+        start_logits(model, args)
         freeze(model, encoder, args)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
@@ -60,19 +60,7 @@ class Learner:
         self._autocast = torch.autocast(device.type, dtype, enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")  # pyright: ignore[reportPrivateImportUsage]
 
-        options: dict[str, Any] = {
-            "score_to_weight": args.score_to_weight,
-            **weighting(args),
-            "process_group": group.group,
-            **by_similarity(args.false_negatives),
-        }
-        self._loss_of_sides = gcl_kernels.GCLLoss(
-            **options,
-            lhs_field_weights=dict(zip(args.left_keys, args.left_weights, strict=True)),
-            rhs_field_weights=dict(zip(args.right_keys, args.right_weights, strict=True)),
-        )
-        # Equal field weights, the default, make it the mean over all (left, right) pairs of fields.
-        self._loss_of_field_pairs = gcl_kernels.GCLLoss(**options, field_mode="pairwise")
+        self._objective = Objective(args, group.group)
         self._encode: Any = None
 
     def begin(self) -> None:
@@ -83,7 +71,7 @@ class Learner:
             model.encode_text, model.encode_image = (
                 torch.compile(tower, dynamic=True) for tower in (model.encode_text, model.encode_image)
             )
-        towers: Any = TwoTower(model)
+        towers: Any = TwoTower(model, biased=self._args.loss == "sigmoid")
         if self._group.group is not None:
             towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
         self._encode = grad_cache.cached(towers, self.micro_batch) if self.micro_batch else towers
@@ -98,6 +86,12 @@ class Learner:
     @property
     def trained_weights(self) -> int:
         return sum(weight.numel() for weight in self._trained)
+
+    @property
+    def logits(self) -> dict[str, float]:
+        """Where the scale of the logits is, and their bias if they have one."""
+        scale = {"logit_scale": self.model.logit_scale.exp().item()}
+        return scale | {"logit_bias": self.model.logit_bias.item()} if self._args.loss == "sigmoid" else scale
 
     @property
     def lr(self) -> float:
@@ -124,18 +118,19 @@ class Learner:
         device = self._group.device
         left, right = self.encoder.to_device(batch.left), self.encoder.to_device(batch.right)
         with self._autocast:
-            lhs, rhs, scale = self._encode(left, right)
+            lhs, rhs, scale, *bias = self._encode(left, right)
             batch_ids = None if self._args.false_negatives == "keep" else ids.to(device)
-            inputs = lhs, rhs, scores.to(device), scale
-            visible = {
-                "lhs_ids": batch_ids,
-                "rhs_ids": batch_ids,
-                "lhs_field_mask": batch.left_mask.to(device),
-                "rhs_field_mask": batch.right_mask.to(device),
-            }
-            loss = self._loss_of_sides(*inputs, **visible)
-            if self._args.cross_field_loss:
-                loss = loss + self._loss_of_field_pairs(*inputs, **visible)
+            loss = self._objective(
+                lhs,
+                rhs,
+                scores.to(device),
+                scale,
+                bias[0] if bias else None,
+                lhs_ids=batch_ids,
+                rhs_ids=batch_ids,
+                lhs_field_mask=batch.left_mask.to(device),
+                rhs_field_mask=batch.right_mask.to(device),
+            )
         return loss, scale
 
     def state(self) -> dict[str, Any]:
@@ -166,20 +161,20 @@ def freeze(model: Any, encoder: FieldEncoder, args: argparse.Namespace) -> None:
     field uses: processes would wait for its gradient.
 
     Raises:
-        InputError: nothing but the logit scale is left to train.
+        InputError: nothing but the logits' scale and bias is left to train.
     """
     locked = {kind for kind, lock in (("img", args.lock_image), ("txt", args.lock_text)) if lock}
     for name, weight in model.named_parameters():
-        if name != "logit_scale" and ("img" if name.startswith("visual.") else "txt") in locked:
+        if name not in OF_LOGITS and ("img" if name.startswith("visual.") else "txt") in locked:
             weight.requires_grad_(False)
     kinds = {f"{kind} field": kind for kind in {*args.img_or_txt[0], *args.img_or_txt[1]}}
     example = {"txt": "a", "img": ""}
     inputs, _ = encoder.prepare({name: [example[kind]] * 2 for name, kind in kinds.items()}, kinds)
     inputs = encoder.to_device(inputs)
-    towers = TwoTower(model)
+    towers = TwoTower(model, biased=args.loss == "sigmoid")
     freeze_unused(model, lambda: towers(inputs))
     hold_frozen(model)
-    if not any(weight.requires_grad for name, weight in model.named_parameters() if name != "logit_scale"):
+    if not any(weight.requires_grad for name, weight in model.named_parameters() if name not in OF_LOGITS):
         options = " and ".join(
             option for option, lock in (("--lock-image", args.lock_image), ("--lock-text", args.lock_text)) if lock
         )

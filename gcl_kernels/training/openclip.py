@@ -68,6 +68,7 @@ def create_model(
     pretrained: str | None = None,
     context_length: int | None = None,
     device: torch.device | str = "cpu",
+    biased: bool = False,
 ) -> tuple[Any, Callable[[list[str]], torch.Tensor], Callable[[Any], torch.Tensor]]:
     """Make any open_clip model by name, with the tokenizer and the image preprocessing that belong to it.
 
@@ -77,6 +78,8 @@ def create_model(
         pretrained: open_clip's tag or a checkpoint file; None gives random weights from torch's global seed.
         context_length: number of text tokens, when it should differ from the model's own.
         device: where the model lives.
+        biased: give it a `logit_bias`, of the sigmoid loss, which is 0 if the model's configuration and weights have none. A
+            checkpoint file that has one is loaded with it in any case.
 
     Returns:
         The model in float32; a tokenizer, list of N texts -> int64 (N, context_length); the preprocessing without
@@ -93,12 +96,28 @@ def create_model(
         _check_name(name)
     if pretrained is not None and ":" not in name:
         expect_weights(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
+    options: dict[str, Any] = {}
     with faults_in_one_line(name, pretrained):
+        config = open_clip.get_model_config(name) if ":" not in name else None
+        if (biased or has_logit_bias(pretrained)) and "init_logit_bias" not in (config or {}):
+            options["init_logit_bias"] = 0.0
         model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, force_context_length=context_length, device=device
+            name, pretrained=pretrained, force_context_length=context_length, device=device, **options
         )
         tokenizer = open_clip.get_tokenizer(name, context_length=context_length)
     return model, tokenizer, preprocess
+
+
+def has_logit_bias(pretrained: str | None) -> bool:
+    """Whether a checkpoint file has a bias of the sigmoid loss; open_clip refuses weights that its model lacks."""
+    if not pretrained or not Path(pretrained).is_file():
+        return False
+    try:
+        content = torch.load(pretrained, map_location="cpu", weights_only=True, mmap=True)
+        weights = content.get("state_dict", content)
+        return any(name.removeprefix("module.") == "logit_bias" for name in weights)
+    except Exception:  # no checkpoint that torch reads: open_clip says what is wrong with it, or reads it
+        return False
 
 
 def hold_frozen(model: torch.nn.Module) -> None:

@@ -78,6 +78,14 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+    return value
+
+
 def whole(text: str) -> int:
     """An argparse type: a whole number >= 0."""
     value = int(text)
@@ -185,6 +193,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="what reading does with image files; those that fail later are missing values")  # fmt: skip
 
     loss = parser.add_argument_group("loss")
+    loss.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax",
+                      help="softmax: GCL's, of CLIP; sigmoid: SigLIP's with weighted positives, and a bias that is learned",
+                      )  # fmt: skip
     loss.add_argument("--score-to-weight", default="log",
                       help="log, linear, inverse_sqrt (the best of the GCL paper), inverse, constant (plain CLIP), piecewise",
                       )  # fmt: skip
@@ -213,7 +224,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cross-field-loss", action="store_true", help="add the mean of the loss over all pairs of fields"
     )
 
-    loss.add_argument("--logit-scale", type=positive(float), metavar="X", help="at the start; default: the model's own")
+    loss.add_argument("--logit-scale", type=positive(float), metavar="X",
+                      help="at the start; default: the model's own, and 10 for --loss sigmoid on random weights")  # fmt: skip
+    loss.add_argument("--logit-bias", type=finite, metavar="X",
+                      help="at the start, of --loss sigmoid; default: the model's own, or -10")  # fmt: skip
     loss.add_argument(
         "--logit-scale-max", type=positive(float), default=100.0, metavar="X", help="it is kept at or below"
     )
@@ -296,6 +310,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         argument, _, fault = str(error).partition(":")
         parser.error(f"--{argument.replace('_', '-')}:{fault}")
+    if args.loss == "sigmoid" and by_similarity(args.false_negatives):
+        parser.error(
+            f"--false-negatives: expected mask, avoid or keep beside --loss sigmoid, got {args.false_negatives}"
+        )
+    if args.loss == "softmax" and args.logit_bias is not None:
+        parser.error(
+            f"--logit-bias: expected --loss sigmoid beside it, since a softmax has none, got {args.logit_bias:g}"
+        )
     if args.doc_meta and len(args.doc_meta) != len(args.val_data):
         files, corpora = len(args.val_data), len(args.doc_meta)
         parser.error(f"--doc-meta: expected one file for each of the {files} in --val-data, got {corpora}")

@@ -146,10 +146,10 @@ def expect_something_to_learn(args: argparse.Namespace, facts: Facts) -> None:
         raise DataError(f"{args.train_data}: expected a pair with a weight > 0, got weights of 0 alone from "
                         f"--score-to-weight {args.score_to_weight}: nothing would be learnt")  # fmt: skip
     if batches.without_negatives == 1:
+        then = "the loss would be 0 and nothing learnt" if args.loss == "softmax" else "nothing would tell them apart"
         raise DataError(
             f"{args.train_data}: expected rows of different queries and documents in a batch, got batches of "
-            f"{batches.rows:.0f} without a single negative: the loss would be 0 and nothing learnt; a larger "
-            f"--batch-size, other ids, or --false-negatives keep"
+            f"{batches.rows:.0f} without a single negative: {then}; a larger --batch-size, other ids, or --false-negatives keep"
         )
     for side in facts.same:
         raise DataError(
@@ -166,7 +166,8 @@ def warnings_of(args: argparse.Namespace, facts: Facts, tests: TestFiles) -> lis
     if batches.without_weight:
         found.append(f"{batches.without_weight:.0%} of the batches have weights of 0 alone, and teach nothing")
     if args.score_to_weight != "constant":
-        found += weight_warnings(facts)
+        plain = "cross-entropy" if args.loss == "softmax" else "sigmoid loss"
+        found += weight_warnings(facts, plain)
     for path, pairs in tests.pairs.items():
         scores = torch.tensor(pairs.scores, dtype=torch.float64)
         grade, share = most_frequent(minmax(scores))
@@ -180,14 +181,12 @@ def warnings_of(args: argparse.Namespace, facts: Facts, tests: TestFiles) -> lis
     return found
 
 
-def weight_warnings(facts: Facts) -> list[str]:
+def weight_warnings(facts: Facts, plain: str) -> list[str]:
     """One line at most on weights that hardly differ, or of which a few have nearly all."""
     batches = facts.batches
     effective = f"{batches.effective_rows:.1f} effective rows in a batch of {batches.rows:.0f}"
     if (facts.weights == facts.weights[0]).all():
-        return [
-            f"all {len(facts.weights)} rows have one weight: the loss is plain cross-entropy, whatever --score-to-weight"
-        ]
+        return [f"all {len(facts.weights)} rows have one weight: the loss is plain {plain}, whatever --score-to-weight"]
     if facts.alike >= NEARLY_ALL:
         low, *_, high = facts.quantiles
         middle = facts.quantiles[len(QUANTILES) // 2]

@@ -114,7 +114,11 @@ class _Training:
         torch.manual_seed(args.seed)
         model, tokenizer, preprocess = group.in_turn(
             lambda: create_model(
-                args.model, pretrained=args.pretrained, context_length=args.context_length, device=group.device
+                args.model,
+                pretrained=args.pretrained,
+                context_length=args.context_length,
+                device=group.device,
+                biased=args.loss == "sigmoid",
             )
         )
         self.encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.workers)
@@ -213,8 +217,9 @@ class _Training:
                     next_read = step + max(1, int(READ_SECONDS / seconds))
                     self.journal.after(step, self.result.losses[-1], scale.item(), self.learner.lr)
                 if on_curve:
-                    values = {"loss": self.result.losses[-1], "logit_scale": scale.item(), "lr": self.learner.lr}
-                    self.tracker.log(step, values)
+                    self.tracker.log(
+                        step, {"loss": self.result.losses[-1], **self.learner.logits, "lr": self.learner.lr}
+                    )
                 if save_now or stopping:
                     self.save(step, place)
                 if stopping:
@@ -320,7 +325,7 @@ class _Training:
         results = {
             "options": {key: value for key, value in vars(self.args).items() if value != -math.inf},
             "loss": run.losses,
-            "logit_scale": self.learner.model.logit_scale.exp().item(),
+            **self.learner.logits,
             "seconds": run.seconds,
             "peak_bytes": run.peak_bytes,
             "lost_images": self.encoder.lost,
