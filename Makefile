@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 # Threads that wait sleep instead of spinning: beside any other process, spinning costs small steps a factor of ten.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint package lowest bench curves properties clean
+.PHONY: demo test lint package installs lowest bench curves properties clean
 
 demo: $(READY)  ## train and rank on a data set made here, with and without GCL weights
 	$(PY) -m gcl_kernels.training.demo
@@ -26,6 +26,9 @@ package: $(READY)  ## the source distribution and the wheel, made from it, in di
 	$(PY) -m build --no-isolation --outdir dist .
 	$(PY) -m twine check --strict dist/*
 	$(VENV)/bin/check-wheel-contents dist
+
+installs: package  ## the wheel and the source distribution in fresh environments: Pythons 3.10 to 3.13, lowest and newest torch
+	.ci/installs
 
 lowest: $(LOWEST)/.ready  ## the core's and Triton's tests with the lowest versions that pyproject.toml allows (7 GB)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile tests/test_*.py tests/triton
