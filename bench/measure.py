@@ -26,12 +26,10 @@ from gcl_kernels.losses import ROW_SHARE
 from gcl_kernels.testing import relative_error
 from gcl_kernels.training.memory import peak_resident_memory, reset_peak_resident_memory, resident_memory
 
-# A step below this is timed in bursts of BURST steps after one that is not counted: what the task before it left in the caches,
-# and in what order tasks take turns, is then no part of its time.
+# A step below this is timed in bursts of BURST steps, after one that is not counted: what came before it is no part of its time.
 SHORT_SECONDS, BURST = 0.25, 5
 LONG_SECONDS = 20.0  # of a step that is measured once
-GEMM_SECONDS = 0.1
-GEMM_SECONDS_CUDA = 0.02  # its rate needs no longer, and time on a GPU is lent
+GEMM_SECONDS, GEMM_SECONDS_CUDA = 0.1, 0.02  # the latter: its rate needs no longer, and time on a GPU is lent
 REPLAY_SECONDS = 0.01  # of a CUDA graph, at a time
 ERROR_LOGITS = {"cpu": 2**26, "cuda": 2**33}  # the float64 oracle is run up to so many: half a minute
 SAMPLED_LINES = 64  # beyond: the gradients of so many rows and columns
