@@ -123,7 +123,7 @@ def gcl_loss(
     check_choice("transport", transport, TRANSPORTS)
     with distributed.shared_failure(group):
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
-        false_negatives = _false_negatives(false_negative_margin, false_negative_ratio)
+        false_negatives = checked_false_negatives(false_negative_margin, false_negative_ratio)
         refuse_forward_mode("gcl_loss", logit_scale, weights, *tensors_of(lhs), *tensors_of(rhs))
         sides = sides_of(
             lhs,
@@ -223,7 +223,7 @@ class GCLLoss(nn.Module):
             score_to_weight, s_max=s_max, knots=knots, normalize=normalize, score_range=score_range
         )
         _check_options(field_mode, directions, reduction, label_smoothing, z_loss)
-        _false_negatives(false_negative_margin, false_negative_ratio)
+        checked_false_negatives(false_negative_margin, false_negative_ratio)
         check_process_group(process_group)
         check_choice("transport", transport, TRANSPORTS)
         if backend is not None:
@@ -345,7 +345,7 @@ def _check_options(field_mode: str, directions: str, reduction: str, label_smoot
     check_fraction("z_loss", z_loss, math.inf)
 
 
-def _false_negatives(margin: float | None, ratio: float | None) -> FalseNegatives:
+def checked_false_negatives(margin: float | None, ratio: float | None) -> FalseNegatives:
     for name, value in (("false_negative_margin", margin), ("false_negative_ratio", ratio)):
         if value is not None:
             check_fraction(name, value, math.inf)
