@@ -158,13 +158,14 @@ class GCLLoss(MultipleNegativesRankingLoss):
 
     @property
     def temperature(self) -> float:
-        return 1.0 / float(self.logit_scale)
+        scale = self.logit_scale
+        return 1.0 / (scale.item() if isinstance(scale, Tensor) else scale)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """0-d; `labels` are the scores, (N,), or None."""
         sentence_features = list(sentence_features)
         with self.knowing_texts(sentence_features):
-            return super().forward(sentence_features, labels)
+            return super().forward(sentence_features, labels)  # pyright: ignore[reportArgumentType]
 
     def knowing_texts(self, sentence_features: list[dict[str, Tensor]]) -> _Texts:
         """A context in which embeddings are those of these texts."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .ranking import TextIds
 
+MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # pictures, films, sounds
 OFFSETS = ("offsets", "cu_seq_lens_q")  # of texts written one after the other
 
 
@@ -28,8 +29,9 @@ def _ids_of_column(k: int, features: Mapping[str, Any]) -> Tensor:
     parts = []
     if isinstance(ids, Tensor):
         parts.append(_of_tokens(ids, features))
-    for name, x in sorted(features.items()):
-        if isinstance(x, Tensor) and x.is_floating_point():
+    for name in MEDIA:  # no others: a model adds its results to its features
+        x = features.get(name)
+        if isinstance(x, Tensor):
             if parts and len(x) != len(parts[0]):
                 raise ValueError(
                     f"hide_duplicates: expected {name} of column {k} to have a row for each of {len(parts[0])} texts, "
@@ -38,8 +40,7 @@ def _ids_of_column(k: int, features: Mapping[str, Any]) -> Tensor:
             parts.append(_of_values(x))
     if not parts:
         raise ValueError(
-            f"hide_duplicates: expected input_ids, or tensors of numbers like pixel_values, in column {k}, "
-            f"got {sorted(features)}"
+            f"hide_duplicates: expected input_ids or one of {', '.join(MEDIA)} in column {k}, got {sorted(features)}"
         )
     total = parts[0]
     for part in parts[1:]:
