@@ -13,9 +13,10 @@ pytest.importorskip("sentence_transformers", reason="sentence-transformers is no
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: E402
 
 from gcl_kernels.integrations.sentence_transformers import GCLLoss  # noqa: E402
+from tests.distributed.pool import WORLDS  # noqa: E402
 from tests.integrations.test_sentence_transformers import CASES, OPTIONS, Nothing, expected  # noqa: E402
 
-N, D = 5, 4
+N, D, WORLD = 5, 4, WORLDS[-1]
 RULES = {"false_negative_margin": 0.1}
 
 
@@ -43,7 +44,7 @@ def of_options(group):
 def of_rules(group):
     rank, results = dist.get_rank(group), []
     columns = columns_of(rank)
-    scores = torch.linspace(0, 1, 2 * N, dtype=torch.float64)[rank * N : rank * N + N]
+    scores = torch.linspace(0, 1, WORLD * N, dtype=torch.float64)[rank * N : rank * N + N]
     weighed = {"score_to_weight": "linear", "score_range": (0, 1), "normalize": "mean", "learnable_temperature": True}
     for options in CASES:
         loss = GCLLoss(Nothing(), 20.0, gather_across_devices=True, **options, **RULES, **weighed).double()
@@ -53,7 +54,7 @@ def of_rules(group):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_option_set_is_theirs_over_ranks(pool):
-    for results in pool.run(2, of_options):
+    for results in pool.run(WORLD, of_options):
         for ours, theirs in results:
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -62,17 +63,18 @@ def test_every_option_set_is_theirs_over_ranks(pool):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_over_ranks_it_is_the_loss_of_the_joined_batch(pool):
     """What DistributedDataParallel averages; the temperature's gradient is averaged already."""
-    columns = [torch.cat(pair).detach().requires_grad_() for pair in zip(*map(columns_of, range(2)), strict=True)]
+    columns = [torch.cat(pair).detach().requires_grad_() for pair in zip(*map(columns_of, range(WORLD)), strict=True)]
     log_scale = torch.tensor(20.0, dtype=torch.float64).log().requires_grad_()
-    weights = 1 + 99 * torch.linspace(0, 1, 2 * N, dtype=torch.float64)
+    weights = 1 + 99 * torch.linspace(0, 1, WORLD * N, dtype=torch.float64)
     exact = []
     for options in CASES:
         scale = log_scale.exp()
         value = expected(columns, options, scale, weights / weights.mean(), limit=lambda positive: positive + 0.1)
         exact.append([value, *torch.autograd.grad(value, [*columns, log_scale])])
-    for ours, other, joined in zip(*pool.run(2, of_rules), exact, strict=True):
-        torch.testing.assert_close((ours[0] + other[0]) / 2, joined[0].detach())
-        for a, b, whole in zip(ours[1:-1], other[1:-1], joined[1:-1], strict=True):
-            torch.testing.assert_close(torch.cat([a, b]) / 2, whole)
-        for alone in (ours, other):
-            torch.testing.assert_close(alone[-1], joined[-1], rtol=1e-5, atol=1e-6)
+    for joined, *ranks in zip(exact, *pool.run(WORLD, of_rules), strict=True):
+        values, *gradients, of_scale = zip(*ranks, strict=True)
+        torch.testing.assert_close(sum(values) / WORLD, joined[0].detach())
+        for of_ranks, whole in zip(gradients, joined[1:-1], strict=True):
+            torch.testing.assert_close(torch.cat(of_ranks) / WORLD, whole)
+        for alone in of_scale:
+            torch.testing.assert_close(alone, joined[-1], rtol=1e-5, atol=1e-6)

@@ -57,7 +57,7 @@ def _of_tokens(ids: Tensor, features: Mapping[str, Any]) -> Tensor:
             count = len(starts) - (name == "cu_seq_lens_q")
             places = torch.arange(len(tokens), device=ids.device)
             row = torch.searchsorted(starts[:count].contiguous(), places, right=True) - 1
-            hashed = _mixed(tokens.long() + _mixed(places - starts[row]))
+            hashed = _mixed(tokens.long() + _mixed(places - starts[row] + 1))
             return torch.zeros(count, dtype=torch.long, device=ids.device).index_add_(0, row, hashed)
     mask = features.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
