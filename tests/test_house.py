@@ -12,7 +12,7 @@ LAUNCHED = {"forward_tile", "backward_tile", "aggregate_forward", "aggregate_bac
 LAUNCHED |= {"finish_lines", "pack_lines", "inner_products"}
 
 # Signatures of another library, which a drop-in repeats.
-DROP_INS = {"gcl_kernels/integrations/open_clip/losses.py"}
+DROP_INS = {f"gcl_kernels/integrations/{library}/losses.py" for library in ("open_clip", "sentence_transformers")}
 
 
 def sources(*folders):
