@@ -13,7 +13,7 @@ LAUNCHED |= {"finish_lines", "pack_lines", "inner_products", "merge_partials", "
 LAUNCHED |= {"forward_strips", "largest_norms", "one_reference"}
 
 # Signatures of another library, which a drop-in repeats.
-DROP_INS = {"gcl_kernels/integrations/open_clip/losses.py"}
+DROP_INS = {f"gcl_kernels/integrations/{library}/losses.py" for library in ("open_clip", "sentence_transformers")}
 
 
 def sources(*folders):
