@@ -5,7 +5,7 @@ import sys
 from . import VARIABLE, apply
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Replace the losses and train, with open_clip_train's own command line."""
     replaced = apply()
     from open_clip_train.main import main as train  # pyright: ignore[reportMissingImports]
@@ -13,8 +13,8 @@ def main(arguments: list[str]) -> None:
     # open_clip_train sets up its logging later
     said = f"replaced {', '.join(replaced)}" if replaced else f"nothing is replaced, by {VARIABLE}=0"
     print(f"gcl_kernels: {said}", file=sys.stderr)
-    train(arguments)
+    train(sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
