@@ -1,5 +1,8 @@
 """check_loss passes our losses, and fails broken ones where they are broken."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,14 @@ def test_a_fault_fails_its_rows():
 def test_against_is_named():
     with pytest.raises(ValueError, match="against: expected"):
         testing.check_loss(clip, "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("gcl_kernels:ClipLoss", 0), ("tests.test_conformance:columns_only", 1), ("no_module:f", 2)]
+)
+def test_command_line(name, status):
+    command = [sys.executable, "-m", "gcl_kernels.testing", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("| swap symmetry | fail |" in done.stdout) == (status == 1)
+    assert len(done.stderr.splitlines()) == (status == 2)

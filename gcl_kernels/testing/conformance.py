@@ -122,7 +122,7 @@ class _Battery:
 
     def retained(self, inputs: tuple[Tensor, ...]) -> None:
         value = self.function(*inputs)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         first, second = (torch.autograd.grad(value, inputs, **options) for _ in range(2))
         for a, b in zip(first, second, strict=True):
             _close(a, b)
