@@ -24,6 +24,7 @@ from .accuracy import (
     relative_error,
     value_and_gradients,
 )
+from .conformance import Report, check_loss
 from .strategies import (
     EDGE_DIMS,
     EDGE_SIZES,
@@ -44,7 +45,9 @@ __all__ = [
     "FieldProblem",
     "PartsProblem",
     "Problem",
+    "Report",
     "assert_as_accurate",
+    "check_loss",
     "dense_forms",
     "field_problems",
     "floor",
