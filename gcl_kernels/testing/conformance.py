@@ -82,7 +82,7 @@ class _Battery:
                 )
 
         names = ("loss", "dlhs", "drhs", "dscale", "dbias")[: 1 + len(inputs)]
-        floor = accuracy.floor(*inputs[:3]) + 40 * torch.finfo(inputs[0].dtype).eps * self.biased
+        floor = accuracy.floor(*inputs[:3]) + (_floor_of_bias(*inputs) if self.biased else 0.0)
         accuracy.assert_as_accurate(self.run(inputs), forms(), accuracy.in_float64(self.dense, inputs), names, floor)
 
     def duplicates(self, inputs: tuple[Tensor, ...]) -> None:
@@ -134,6 +134,13 @@ class _Battery:
 
     def float_scale(self, inputs: tuple[Tensor, ...]) -> None:
         _close(self.function(*inputs[:2], *(float(x.detach()) for x in inputs[2:])), self.function(*inputs))
+
+
+def _floor_of_bias(lhs: Tensor, rhs: Tensor, scale: Tensor, bias: Tensor) -> float:
+    """A bias is rounded once, by what all logits have in common; in half precision so are pairs of a line that are alike."""
+    wide = torch.promote_types(lhs.dtype, torch.float32)
+    floor = torch.finfo(wide).eps * abs(float(bias.detach()))
+    return floor if wide == lhs.dtype else floor + torch.finfo(lhs.dtype).eps / 2 / min(len(lhs), len(rhs)) ** 0.5
 
 
 def _close(actual: Tensor, expected: Tensor) -> None:
