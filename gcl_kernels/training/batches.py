@@ -25,8 +25,8 @@ class BatchStatistics:
         rows: rows of a batch.
         effective_rows: as many rows of equal weight would make as noisy a mean, `effective_number`.
         little_weight: share of the documents whose best pair weighs less than `LITTLE` of the mean.
-        floor: what the loss cannot go below, `loss_floor`; 0 unless repeated ids are kept as negatives.
-        without_negatives: share of the batches in which no row has a negative; their loss is 0 whatever the model.
+        floor: what the loss cannot go below, `loss_floor` or `sigmoid_floor`; 0 unless repeated ids are kept as negatives.
+        without_negatives: share of the batches in which no row has a negative; their softmax loss is 0 whatever the model.
         without_weight: share of the batches in which every weight is 0.
     """
 
@@ -57,7 +57,10 @@ def statistics_of(
         effective.append(effective_number(weights))
         no_weight.append(not weights.any())
         no_negatives.append(not has_negatives(ids[batch], masked=not keep))
-        floors.append(loss_floor(weights, ids[batch]) if keep and weights.all() else 0.0)
+        if args.loss == "sigmoid":
+            floors.append(sigmoid_floor(weights, ids[batch]) if keep else 0.0)
+        else:
+            floors.append(loss_floor(weights, ids[batch]) if keep and weights.all() else 0.0)
     weights = weigh(scores[sampler.rows]).double()
     documents, document = ids[sampler.rows, 1].unique(return_inverse=True)
     best = weights.new_zeros(len(documents)).scatter_reduce(0, document, weights, "amax")
@@ -112,12 +115,34 @@ def loss_floor(weights: Tensor, ids: Tensor) -> float:
     of `w/2 (log(W_i c_j / w_ij) + log(W_j c_i / w_ij))`.
     """
 
-    def totals(values: Tensor, columns: Tensor) -> Tensor:
-        _, group = columns.unique(dim=0, return_inverse=True)
-        return values.new_zeros(len(values)).index_add(0, group, values)[group]
-
     of_pair = totals(weights, ids)
     floor = torch.zeros_like(weights)
     for one, other in ((ids[:, 0], ids[:, 1]), (ids[:, 1], ids[:, 0])):
         floor += weights / 2 * (totals(weights, one) * totals(torch.ones_like(weights), other) / of_pair).log()
     return floor.mean().item()
+
+
+def sigmoid_floor(weights: Tensor, ids: Tensor) -> float:
+    """`loss_floor` of the sigmoid loss; weights may be 0.
+
+    Rows of one query and columns of one document have one logit z. Of the c_q c_d pairs that have it, c_qd are positives, of
+    total weight w, and the other k are negatives:
+
+        w softplus(-z) + k softplus(z)  is least at  sigmoid(z) = w / (w + k),  and is w log((w + k) / w) + k log((w + k) / k)
+
+    there. A pair of a query and a document that no row has is a negative alone, which adds nothing.
+    """
+    ones = torch.ones_like(weights)
+    of_pair, positives = totals(weights, ids), totals(ones, ids)
+    negatives = totals(ones, ids[:, 0]) * totals(ones, ids[:, 1]) - positives
+    both = of_pair + negatives
+    least = torch.special.xlogy(of_pair, both / of_pair.clamp(min=1e-300)) + torch.special.xlogy(
+        negatives, both / negatives.clamp(min=1)
+    )
+    return (least / positives).mean().item()
+
+
+def totals(values: Tensor, columns: Tensor) -> Tensor:
+    """(N,) for each row the sum of `values` (N,) over the rows with the same `columns`, (N,) or (N, K)."""
+    _, group = columns.unique(dim=0, return_inverse=True)
+    return values.new_zeros(len(values)).index_add(0, group, values)[group]

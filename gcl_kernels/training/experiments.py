@@ -10,7 +10,7 @@ is its baseline: by default `constant`, which is plain cross-entropy, against ev
 Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json exists is not run
 again, so that the command can be stopped and repeated (one that ran with other options or files is refused). Runs of one seed
 differ in the variant alone: same data, initial weights, batches and steps. `--report FILE` writes the tables of what
-there is, in Markdown.
+there is, in Markdown. Commands that differ in `--section NAME` write a section each of one file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BASELINE = "constant"
 FUNCTIONS = (BASELINE, "linear", "inverse", "inverse_sqrt", "log")
 
 BEGIN, END = "<!-- experiments -->", "<!-- end experiments -->"
-"""What stands between these lines of a report is written anew; what stands around them stays."""
+"""What stands between these lines of a report is written anew; what stands around them stays. A section's have its name."""
 
 
 def parse_data(text: str) -> tuple[str, Path | None]:
@@ -51,6 +51,12 @@ def parse_data(text: str) -> tuple[str, Path | None]:
     if name not in DATA:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DATA)}, got {name}")
     return name, Path(folder) if folder else None
+
+
+def parse_word(text: str) -> str:
+    if not re.fullmatch(r"\w+", text):
+        raise argparse.ArgumentTypeError(f"expected a word, got {text}")
+    return text
 
 
 def options_of(variant: str) -> list[str]:
@@ -73,6 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (default 5)")
     parser.add_argument("--out", type=Path, default=Path("experiments"), metavar="DIR")
     parser.add_argument("--report", type=Path, metavar="FILE", help="where the tables go (default: OUT/results.md)")
+    parser.add_argument("--section", type=parse_word, metavar="NAME",
+                        help="the tables' section of a report to which several commands write")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="run nothing, only write the tables")
     args, args.options = parser.parse_known_args(argv)
     unknown = [option for option in args.options if not option.startswith("--")]
@@ -191,12 +199,14 @@ def write_report(args: argparse.Namespace, files: Mapping[str, Files]) -> None:
     report = args.report
     report.parent.mkdir(parents=True, exist_ok=True)
     old = report.read_text(encoding="utf-8") if report.exists() else ""
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    marks = [mark.replace(" -->", f": {args.section} -->") if args.section else mark for mark in (BEGIN, END)]
+    before, begin, rest = old.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        before, after = "# Experiments\n\n", "\n"
+        # A section is added to what is there.
+        before, after = f"{old}\n" if old and args.section else "# Experiments\n\n", "\n"
     tables = "\n".join(report_lines(args, files))
-    report.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+    report.write_text(f"{before}{marks[0]}\n{tables}\n{marks[1]}{after}", encoding="utf-8")
 
 
 def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[str]:
@@ -213,6 +223,11 @@ def report_lines(args: argparse.Namespace, files: Mapping[str, Files]) -> list[s
         f"  than {LITTLE:g} of the mean pair. Repeated queries and documents, kept as negatives, leave the loss a *floor*;",
         "  *loss* is the mean over the last tenth of the steps, *logit scale* the last one.",
     ]
+    if any("loss=sigmoid" in variant.split("+") for variant in variants(args)):
+        lines += [
+            "- With `loss=sigmoid` the loss is SigLIP's, of each pair alone: `constant+loss=sigmoid` is SigLIP's itself, and",
+            "  weights are those of positives. Its values are no softmax's, so *loss* compares rows of one loss alone.",
+        ]
     for name, _ in args.data:
         data = DATA[name]
         lines += [
@@ -308,9 +323,11 @@ def batch_table(
     args: argparse.Namespace, name: str, found: Mapping[str, Mapping[int, dict]], files: Files
 ) -> list[str]:
     """What each variant makes of the batches, and where its loss ends."""
+    biased = any("logit_bias" in cell for cells in found.values() for cell in cells.values())
     rows = [
-        "| variant | rows of a batch | effective rows | documents of little weight | floor | loss | logit scale |",
-        "|---" * 7 + "|",
+        "| variant | rows of a batch | effective rows | documents of little weight | floor | loss | logit scale |"
+        + " logit bias |" * biased,
+        "|---" * (7 + biased) + "|",
     ]
     for variant, cells in found.items():
         if not cells:
@@ -318,13 +335,18 @@ def batch_table(
         facts = batch_statistics(training_options.parse_args(run_argv(args, name, variant, min(cells), files)))
         losses = [np.mean(cell["loss"][-max(1, len(cell["loss"]) // 10) :]) for cell in cells.values() if cell["loss"]]
         loss = f"{np.mean(losses):.2f}" if losses else ""
-        scales = [cell["logit_scale"] for cell in cells.values() if "logit_scale" in cell]
-        scale = f"{np.mean(scales):.1f}" if scales else ""
+        scale, bias = (mean_of(cells, name) for name in ("logit_scale", "logit_bias"))
         rows.append(
             f"| {variant} | {facts.rows:.0f} | {facts.effective_rows:.0f} | {facts.little_weight * 100:.0f}% | "
-            f"{facts.floor:.2f} | {loss} | {scale} |"
+            f"{facts.floor:.2f} | {loss} | {scale} |" + f" {bias} |" * biased
         )
     return rows
+
+
+def mean_of(cells: Mapping[int, dict], name: str) -> str:
+    """Of a number that runs end with, over those that have it."""
+    values = [cell[name] for cell in cells.values() if name in cell]
+    return f"{np.mean(values):.1f}" if values else ""
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,12 +51,12 @@ class Journal:
         )  # fmt: skip
         return iter(self._bar)
 
-    def after(self, step: int, loss: float, scale: float, lr: float) -> None:
-        """A step whose loss is known: on the bar, and in a line where one is due."""
+    def after(self, step: int, loss: float, logits: Mapping[str, float], lr: float) -> None:
+        """A step whose loss is known: on the bar, and in a line where one is due. `logits`: what `Learner.logits` says."""
         if self._silent:
             return
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.3f}", scale=f"{scale:.1f}", refresh=False)
+            self._bar.set_postfix(loss=f"{loss:.3f}", scale=f"{logits['logit_scale']:.1f}", refresh=False)
         now = time.perf_counter()
         pause = min(max(FIRST_PAUSE, SHARE * (now - self._start)), LONGEST_PAUSE)
         by_clock = self._every is None and now - self._last >= pause
@@ -65,8 +65,9 @@ class Journal:
             return
         speed = (step - self._last_step) / max(now - self._last, 1e-9)
         rest = (self._steps - step) / speed
+        of_logits = "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in logits.items())
         line = (
-            f"step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.2e}  logit scale {scale:.2f}  "
+            f"step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.2e}  {of_logits}  "
             f"{self._rows * speed:.0f} rows/s  {clock(rest)} to go"
         )
         self._last, self._last_step = now, step

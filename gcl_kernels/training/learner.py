@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gcl_kernels import grad_cache
+from gcl_kernels.training.checkpoint import OURS
 from gcl_kernels.training.encode import FieldEncoder, TwoTower
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.feeding import Batch
@@ -98,11 +99,11 @@ class Learner:
         """Of the last step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def update(self, batch: Batch, scores: Tensor, ids: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One step at a learning rate; `scores` and `ids` are those of the batch's rows. The loss and the logit scale."""
+    def update(self, batch: Batch, scores: Tensor, ids: Tensor, lr: float) -> Tensor:
+        """One step at a learning rate; `scores` and `ids` are those of the batch's rows. Returns the loss."""
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
-        loss, scale = self._loss(batch, scores, ids)
+        loss = self._loss(batch, scores, ids)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self._args.grad_clip_norm:
@@ -112,15 +113,15 @@ class Learner:
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(self._args.logit_scale_max))
-        return loss.detach(), scale.detach()
+        return loss.detach()
 
-    def _loss(self, batch: Batch, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch, scores: Tensor, ids: Tensor) -> Tensor:
         device = self._group.device
         left, right = self.encoder.to_device(batch.left), self.encoder.to_device(batch.right)
         with self._autocast:
             lhs, rhs, scale, *bias = self._encode(left, right)
             batch_ids = None if self._args.false_negatives == "keep" else ids.to(device)
-            loss = self._objective(
+            return self._objective(
                 lhs,
                 rhs,
                 scores.to(device),
@@ -131,7 +132,6 @@ class Learner:
                 lhs_field_mask=batch.left_mask.to(device),
                 rhs_field_mask=batch.right_mask.to(device),
             )
-        return loss, scale
 
     def state(self) -> dict[str, Any]:
         """What open_clip's own trainer keeps of these, too."""
@@ -142,8 +142,14 @@ class Learner:
         """Go on from a checkpoint's `state`.
 
         Raises:
-            InputError: it is of another model.
+            InputError: it is of another model or another loss.
         """
+        then = content[OURS]["options"].get("loss", "softmax")
+        if then != self._args.loss:
+            raise InputError(
+                f"{path}: expected --loss {then}, as it was trained, got {self._args.loss}; --pretrained takes its weights "
+                "into a new run"
+            )
         try:
             self.model.load_state_dict(content["state_dict"])
             self.optimizer.load_state_dict(content["optimizer"])

@@ -161,10 +161,14 @@ def expect_something_to_learn(args: argparse.Namespace, facts: Facts) -> None:
 def warnings_of(args: argparse.Namespace, facts: Facts, tests: TestFiles) -> list[str]:
     """What makes a run learn less than it seems to, a line each."""
     batches, found = facts.batches, []
+    # The terms of a sigmoid are of one pair each, where a softmax needs a positive and a negative.
+    pull, push = (
+        ("teach nothing",) * 2 if args.loss == "softmax" else ("only pull pairs together", "only push pairs apart")
+    )
     if batches.without_negatives:
-        found.append(f"{batches.without_negatives:.0%} of the batches have no negative, and teach nothing")
+        found.append(f"{batches.without_negatives:.0%} of the batches have no negative, and {pull}")
     if batches.without_weight:
-        found.append(f"{batches.without_weight:.0%} of the batches have weights of 0 alone, and teach nothing")
+        found.append(f"{batches.without_weight:.0%} of the batches have weights of 0 alone, and {push}")
     if args.score_to_weight != "constant":
         plain = "cross-entropy" if args.loss == "softmax" else "sigmoid loss"
         found += weight_warnings(facts, plain)

@@ -205,8 +205,7 @@ class _Training:
                 first_step=self.first_step, steps=self.steps, rows=self.sampler.batch_size,
             )  # fmt: skip
             for step, batch in enumerate(batches, self.first_step + 1):
-                loss, scale = self.update(step - 1, batch)
-                pending.append(loss)
+                pending.append(self.update(step - 1, batch))
                 place = batch.place
                 save_now, test_now = self.due(step, place, "save"), self.due(step, place, "val")
                 on_curve = save_now or test_now or step % (args.log_every_n_steps or CURVE_STEPS) == 0
@@ -215,11 +214,10 @@ class _Training:
                     stopping, seconds = self.read(pending, since, stopping)
                     pending, since = [], time.perf_counter()
                     next_read = step + max(1, int(READ_SECONDS / seconds))
-                    self.journal.after(step, self.result.losses[-1], scale.item(), self.learner.lr)
-                if on_curve:
-                    self.tracker.log(
-                        step, {"loss": self.result.losses[-1], **self.learner.logits, "lr": self.learner.lr}
-                    )
+                    loss, logits, lr = self.result.losses[-1], self.learner.logits, self.learner.lr
+                    self.journal.after(step, loss, logits, lr)
+                    if on_curve:
+                        self.tracker.log(step, {"loss": loss, **logits, "lr": lr})
                 if save_now or stopping:
                     self.save(step, place)
                 if stopping:
@@ -242,7 +240,7 @@ class _Training:
         whole = place.ends_epoch or step == self.steps
         return self.folder.checkpoints / (f"epoch_{max(place.epochs_done, 1)}.pt" if whole else f"step_{step}.pt")
 
-    def update(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    def update(self, step: int, batch: Batch) -> Tensor:
         lr = learning_rate(
             step, self.steps, min(self.args.warmup, self.steps // 10), self.args.lr, self.args.lr_scheduler
         )
@@ -346,7 +344,7 @@ class _Training:
         reading, seconds = time.perf_counter() - self.started, 0.0
         for step, batch in enumerate(self.feeder().batches(min(2, self.steps))):
             before = time.perf_counter()
-            run.losses.append(self.update(step, batch)[0].item())
+            run.losses.append(self.update(step, batch).item())
             seconds = time.perf_counter() - before
         run.seconds, run.peak_bytes = time.perf_counter() - self.started, peak_memory(self.group.device)
         weights = sum(weight.numel() for weight in learner.model.parameters())

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from gcl_kernels.training.batches import batch_statistics, effective_number, loss_floor
+import reference
+from gcl_kernels.training.batches import batch_statistics, effective_number, loss_floor, sigmoid_floor
 from gcl_kernels.training.options import parse_args
 
 
@@ -36,6 +37,40 @@ def test_no_embeddings_go_below_the_floor_and_the_best_reach_it(rows, seed):
     assert loss_of(other[ids[:, 0]][:, ids[:, 1]], weights) >= floor - 1e-9
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from((0.0, 0.1, 1.0, 5.0))), min_size=1, max_size=9
+    ),
+    st.integers(0, 99),
+)
+def test_no_logits_go_below_the_sigmoid_loss_s_floor_and_the_best_reach_it(rows, seed):
+    """Against the reference's loss, at logits that rows of one query and columns of one document have in common."""
+    ids = torch.tensor([row[:2] for row in rows])
+    weights = torch.tensor([row[2] for row in rows], dtype=torch.float64)
+    floor = sigmoid_floor(weights, ids)
+
+    def loss(logits):
+        n = len(rows)
+        return reference.sigmoid_loss(
+            logits[ids[:, 0]][:, ids[:, 1]], torch.eye(n, dtype=torch.float64), 1.0, 0.0, weights=weights
+        )
+
+    logits = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(logits)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    # Where pairs are all positives or all negatives the infimum lies at infinity.
+    assert floor - 1e-9 <= loss(logits).item() <= floor + 1e-3
+    other = 3 * torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert loss(other) >= floor - 1e-9
+
+
 def test_effective_numbers_are_the_rows_of_equal_weight():
     assert effective_number(torch.ones(7)) == pytest.approx(7)
     assert effective_number(torch.tensor([3.0, 3.0, 0.0])) == pytest.approx(2)
@@ -53,6 +88,10 @@ def test_the_statistics_are_those_of_the_run(tmp_path):
     assert (constant.rows, constant.effective_rows, constant.little_weight) == (8, pytest.approx(8), 0)
     # Four rows of each query: a query's documents share its softmax, and so do a document's four copies of its query.
     assert constant.floor == pytest.approx(math.log(4))
+    # A pair of a query and a document is a row's positive and three other rows' negative.
+    sigmoid = statistics("--score-to-weight=constant", "--false-negatives=keep", "--loss=sigmoid")
+    assert sigmoid.floor == pytest.approx(math.log(4) + 3 * math.log(4 / 3))
+    assert statistics("--loss=sigmoid").floor == 0
     linear = statistics("--score-to-weight=linear")
     assert linear.effective_rows == pytest.approx(107**2 / (100**2 + 7))
     assert linear.little_weight == pytest.approx(7 / 8)

@@ -186,6 +186,31 @@ def test_only_the_tables_of_a_report_are_written_anew(toy, tmp_path):
     assert report.read_text() == text
 
 
+def test_several_commands_write_a_section_each_of_one_report(toy, tmp_path, capsys):
+    report = tmp_path / "report.md"
+    report.write_text(f"# Ours\n\n{experiments.BEGIN}\nother\n{experiments.END}\n")
+    variants = ["log", "log+loss=sigmoid"]
+    for variant, more in zip(variants, ({"logit_scale": 14.0}, {"logit_scale": 10.0, "logit_bias": -9.5}), strict=True):
+        write_cell(tmp_path / "out", variant, 0, {"q": 0.5}, **more)
+    argv = [*toy, "--seeds=1", "--report-only", f"--report={report}", "--compare", *variants]
+    for _ in range(2):
+        assert main([*argv, "--section=sigmoid"]) == 0
+        text = report.read_text()
+        assert text.startswith(f"# Ours\n\n{experiments.BEGIN}\nother\n{experiments.END}\n")
+        assert text.count("<!-- experiments: sigmoid -->") == text.count("<!-- end experiments: sigmoid -->") == 1
+    assert "--loss=sigmoid" not in text
+    assert "`constant+loss=sigmoid` is SigLIP's" in text
+    (first, second) = (line for line in text.splitlines() if line.startswith(("| log | 6", "| log+loss=sigmoid | 6")))
+    assert first.endswith("| 14.0 |  |")
+    assert second.endswith("| 10.0 | -9.5 |")
+    assert main(argv) == 0
+    assert "\nother\n" not in report.read_text()
+    assert "<!-- experiments: sigmoid -->" in report.read_text()
+    with pytest.raises(SystemExit):
+        parse_args(["--section=a-->b"])
+    assert "--section: expected a word, got a-->b" in capsys.readouterr().err
+
+
 def test_the_data_sets_are_trained_on_with_options_that_exist():
     for name, data in experiments.DATA.items():
         files = {"in-domain": (Path("pairs.csv"), Path("corpus.json"))}

@@ -44,11 +44,11 @@ def test_lines_come_at_sane_intervals(tmp_path, monkeypatch, capsys, every, seco
     said = Journal(tmp_path / "out.log", every=every)
     for step, _ in enumerate(said.over(range(60), "run", first_step=0, steps=60, rows=8), 1):
         time.now += seconds
-        said.after(step, 2.5, 14.3, 1e-3)
+        said.after(step, 2.5, {"logit_scale": 14.3, "logit_bias": -9.5}, 1e-3)
     lines = capsys.readouterr().out.splitlines()
     assert steps(lines) == expected
     assert steps((tmp_path / "out.log").read_text(encoding="utf-8").splitlines()) == expected
-    assert f"loss 2.5000  lr 1.00e-03  logit scale 14.30  {8 / seconds:.0f} rows/s  " in lines[1]
+    assert f"loss 2.5000  lr 1.00e-03  logit scale 14.30  logit bias -9.50  {8 / seconds:.0f} rows/s  " in lines[1]
     assert lines[0].endswith(f"{clock(59 * seconds)} to go")
 
 
@@ -57,7 +57,7 @@ def test_a_long_run_says_less_often(monkeypatch, capsys):
     said = Journal(None, every=None)
     for step, _ in enumerate(said.over(range(100_000), "run", first_step=0, steps=100_000, rows=8), 1):
         time.now += 1
-        said.after(step, 2.5, 14.3, 1e-3)
+        said.after(step, 2.5, {"logit_scale": 14.3}, 1e-3)
     found = steps(capsys.readouterr().out.splitlines())
     assert len(found) < 600
     assert max(b - a for a, b in itertools.pairwise(found)) <= 301
@@ -66,7 +66,7 @@ def test_a_long_run_says_less_often(monkeypatch, capsys):
 def test_other_processes_say_nothing(tmp_path, capsys):
     said = Journal(tmp_path / "out.log", every=1, silent=True)
     for step, _ in enumerate(said.over(range(3), "run", first_step=0, steps=3, rows=8), 1):
-        said.after(step, 2.5, 14.3, 1e-3)
+        said.after(step, 2.5, {"logit_scale": 14.3}, 1e-3)
     said.say("a word")
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "out.log").exists()

@@ -65,6 +65,8 @@ def test_heavy_tails_are_one_warning_with_numbers_and_a_scaling_that_spreads_the
          "a few rows have nearly all the weight: 1.0 effective rows in a batch of 18"),
         ([*range(1, 17)], ["--score-to-weight=piecewise", "--knots=1:0,99:0,100:1"],
          "50% of the batches have weights of 0 alone, and teach nothing"),
+        ([*range(1, 17)], ["--score-to-weight=piecewise", "--knots=1:0,99:0,100:1", "--loss=sigmoid"],
+         "50% of the batches have weights of 0 alone, and only push pairs apart"),
     ],
 )  # fmt: skip
 def test_weights_that_hardly_differ_or_few_of_which_count(tmp_path, capsys, scores, options, said):
@@ -118,6 +120,8 @@ def test_batches_without_negatives_are_counted(tmp_path, capsys):
     path.write_text("\n".join(["query,title,score", *(f"{'one' if n else 'two'},t{n},{n}" for n in range(12))]))
     run(path, "--batch-size=4")
     assert "67% of the batches have no negative, and teach nothing" in warnings(capsys)[0]
+    run(path, "--batch-size=4", "--loss=sigmoid")
+    assert "67% of the batches have no negative, and only pull pairs together" in warnings(capsys)[0]
 
 
 def test_texts_that_the_context_cuts_are_counted_by_field(tmp_path, capsys):

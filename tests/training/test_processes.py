@@ -30,8 +30,10 @@ def options(tmp_path):
             "--steps=3", "--lr=1e-3", "--save-frequency=0", f"--logs-dir={tmp_path}", "--cross-field-loss"]  # fmt: skip
 
 
-def test_two_processes_of_torchrun_train_what_one_does(options, tmp_path):
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_two_processes_of_torchrun_train_what_one_does(options, tmp_path, loss):
     """By what torchrun is a command for, with a function as its program: that saves three imports of torch."""
+    options.append(f"--loss={loss}")
     argv = [*options, f"--val-data={tmp_path / 'pairs.csv'}", "--name=two", "--batch-size=5"]
     assert launch("two", children.rank, argv, tmp_path) == {0: 0, 1: 0}
     printed = [(tmp_path / f"rank{i}.txt").read_text() for i in range(2)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gcl_kernels import sigmoid_loss
+from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.evaluate import main as evaluate
 from gcl_kernels.training.openclip import create_model, import_open_clip
 from gcl_kernels.training.options import parse_args
@@ -117,3 +118,28 @@ def test_what_does_not_fit_is_refused_in_one_line(options, message, capsys):
         parse_args(["--train-data=x.csv", *KEYS, *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_curves_lines_and_results_have_the_same_scale_and_bias(pairs_file, monkeypatch):  # noqa: F811
+    logged = {}
+    monkeypatch.setattr(
+        "gcl_kernels.training.train.Tracker.log", lambda _, step, values: logged.setdefault(step, values)
+    )
+    run(pairs_file, SIGMOID, "--steps=2", "--lr=1e-2", "--log-every-n-steps=1")
+    last = results(pairs_file)
+    assert -10 != logged[1]["logit_bias"] != logged[2]["logit_bias"] == last["logit_bias"]
+    line = (pairs_file.parent / "logs" / "run" / "out.log").read_text().split("step 2/2")[1]
+    assert f"  logit scale {last['logit_scale']:.2f}  logit bias {last['logit_bias']:.2f}  " in line
+    run(pairs_file, "--steps=1")
+    assert "logit bias" not in (pairs_file.parent / "logs" / "run" / "out.log").read_text()
+
+
+@pytest.mark.parametrize(("first", "then"), [("softmax", "sigmoid"), ("sigmoid", "softmax")])
+def test_a_run_is_not_resumed_with_the_other_loss(pairs_file, first, then):  # noqa: F811
+    begun = run(pairs_file, f"--loss={first}", "--steps=1", name="begun")
+    message = (
+        f"{begun.checkpoint}: expected --loss {first}, as it was trained, got {then}; --pretrained takes its weights"
+    )
+    with pytest.raises(InputError) as refused:
+        run(pairs_file, f"--loss={then}", "--steps=2", f"--resume={begun.checkpoint}")
+    assert str(refused.value).startswith(message)
