@@ -30,8 +30,8 @@ def floor(lhs, rhs, scale, bias, *, rounded_pairs: bool = True) -> float:
     """`testing.floor` of logits that the bias is part of: it is rounded to base 2 once, by what all logits have in common.
 
     `rounded_pairs`: of gradients of the sides, which are made from G in the inputs' dtype; those of the scale and of the bias are
-    sums of G before it is rounded. In half precision pairs of a line that have one logit have one rounding of G. It may be lucky in all dense forms at once, as
-    one rounding of a logit may (`testing.floor`). At a scale of 0 all pairs have one.
+    sums of G before it is rounded. In half precision pairs of a line that have one logit have one rounding of G. It may be lucky
+    in all dense forms at once, as one rounding of a logit may (`testing.floor`). At a scale of 0 all pairs have one.
     """
     exact = lhs.dtype == torch.float64
     eps = torch.finfo(torch.float64 if exact else torch.float32).eps

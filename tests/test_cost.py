@@ -9,8 +9,9 @@ import torch
 from gcl_kernels import backends, gcl_loss, pairs, pairwise_logsumexp
 from gcl_kernels.backends import Lines, Need, Want
 from gcl_kernels.backends import torch as backend
+from gcl_kernels.backends.pointwise import PointwiseNeed, PointwiseUpstream
 from gcl_kernels.backends.torch.tiles import tile_numel, tiles_to_store
-from gcl_kernels.backends.triton import launch
+from gcl_kernels.backends.triton import launch, pointwise
 from gcl_kernels.backends.triton import run as launcher
 from gcl_kernels.pairs import Pairs
 from tests.counting import LargestTensor, Products
@@ -94,6 +95,26 @@ def test_triton_computes_nothing_for_a_frozen_side(need, products_of_g):
     with launcher.replaced_by(lambda kernel, programs, **arguments: None), Products() as products:
         launch.backward(meta, statistics, Lines(*map(torch.empty_like, statistics)), Need(*need))
     assert products.flops == 2 * products_of_g * n * m * d
+
+
+@pytest.mark.parametrize(("given", "units"), [(False, 2), (True, 6)])
+def test_triton_s_sigmoid_loss_makes_every_logit_once(given, units, monkeypatch):
+    """Operations of the tile kernel's programs and of the library products, in several chunks, on tensors without memory."""
+    n, m, d = 1024, 1536, 256
+    monkeypatch.setenv("GCL_KERNELS_WORKSPACE_MIB", "1")
+    x, y = (torch.empty(k, d, device="meta", dtype=torch.bfloat16) for k in (n, m))
+    scale, bias = (torch.empty((), device="meta") for _ in range(2))
+    tiles = []
+
+    def count(kernel, programs, **arguments):
+        assert kernel == "forward_tile"
+        tiles.append(programs * arguments["BLOCK_ROWS"] * arguments["BLOCK_COLS"])
+
+    upstream = PointwiseUpstream(torch.empty(n, device="meta", dtype=torch.float64), None) if given else None
+    with launcher.replaced_by(count), Products() as products:
+        pointwise.softplus(Pairs(x, y, scale), bias, upstream, PointwiseNeed(given, given, given, given))
+    assert 2 * d * sum(tiles) + products.flops == units * n * m * d
+    assert (len(tiles) > 1) == given
 
 
 def test_no_gradient_work_under_no_grad(monkeypatch):
