@@ -1,5 +1,7 @@
 """Both sides of every comparison of the sigmoid loss, whose bias is a fourth input; as `tests.oracle` for the softmax."""
 
+import itertools
+
 import torch
 from hypothesis import strategies as st
 
@@ -26,20 +28,48 @@ def run(function, inputs, **options):
     return testing.value_and_gradients(lambda: function(*inputs, **options), inputs)
 
 
-def floor(lhs, rhs, scale, bias, *, rounded_pairs: bool = True) -> float:
+def floor(lhs, rhs, scale, bias) -> float:
     """`testing.floor` of logits that the bias is part of: it is rounded to base 2 once, by what all logits have in common.
 
-    `rounded_pairs`: of gradients of the sides, which are made from G in the inputs' dtype; those of the scale and of the bias are
-    sums of G before it is rounded. In half precision pairs of a line that have one logit have one rounding of G. It may be lucky
-    in all dense forms at once, as one rounding of a logit may (`testing.floor`). At a scale of 0 all pairs have one.
+    In half precision pairs of a line that have one logit have one rounding of G. It may be lucky in all dense forms at once, as
+    one rounding of a logit may (`testing.floor`). At a scale of 0 all pairs have one.
     """
-    exact = lhs.dtype == torch.float64
-    eps = torch.finfo(torch.float64 if exact else torch.float32).eps
-    more = eps * abs(float(bias.detach()))
-    if rounded_pairs and lhs.dtype in (torch.bfloat16, torch.float16):
-        lines = 1 if float(scale.detach()) == 0 else min(len(lhs), len(rhs))
-        more += torch.finfo(lhs.dtype).eps / 2 / lines**0.5
-    return testing.floor(lhs, rhs, scale) + more
+    more = eps_of_logits(lhs) * abs(float(bias.detach()))
+    lines = 1 if float(scale.detach()) == 0 else min(len(lhs), len(rhs))
+    return testing.floor(lhs, rhs, scale) + more + rounding_of_pairs(lhs) / lines**0.5
+
+
+def floors_of_sums(dense, inputs, rhs_bias=None) -> dict[str, float]:
+    """Of dscale = sum_ij G_ij s_ij and dbias = sum_ij G_ij, one number each, whose terms t_ij may cancel: a forward error bound.
+
+    If each t_ij is known to e |t_ij|, their sum is known to e sum |t_ij|: relative to the sum, e times its condition number.
+    A logit z is rounded as the product with the scale, as the bias in base 2 and as their sum, each to eps / 2 of its size:
+    |dz| <= eps (|s| + |bias|). A sigmoid turns dz into a relative error of at most dz. Its own roundings, and those of the sums,
+    are what `testing.FLOOR` is for. Over L lines, whose product's roundings are of either sign, 4 / sqrt(L) of the first part
+    is enough (`testing.floor`).
+
+    G is rounded to half precision before it is multiplied by a side, so dscale, made from that product, has this rounding of
+    each term as well. dbias has not: it adds up sigmoids before they are rounded.
+    """
+    lhs, rhs, scale, bias = (x.detach().double() for x in inputs)
+    per_pair = bias.expand(len(lhs), len(rhs)).clone().requires_grad_()
+    *_, g = testing.value_and_gradients(lambda: dense(lhs, rhs, scale, per_pair), (per_pair,))
+    similarities, biases = lhs @ rhs.T, bias.abs() + (0.0 if rhs_bias is None else rhs_bias.double().abs().max())
+    share = min(1.0, 4 / min(len(lhs), len(rhs)) ** 0.5)
+    dz = eps_of_logits(inputs[0]) * float(share * (scale * similarities).abs().max() + biases)
+    e = dz + (testing.accuracy.FLOOR_FLOAT64 if inputs[0].dtype == torch.float64 else testing.accuracy.FLOOR)
+    terms = {"dscale": (g * similarities, e + rounding_of_pairs(inputs[0])), "dbias": (g, e)}
+    return {name: of_term * float(t.abs().sum() / t.sum().abs()) for name, (t, of_term) in terms.items()}
+
+
+def eps_of_logits(lhs) -> float:
+    """Logits are float32 for half precision, too."""
+    return torch.finfo(torch.promote_types(lhs.dtype, torch.float32)).eps
+
+
+def rounding_of_pairs(lhs) -> float:
+    """The largest relative error of an entry of G that is multiplied by a side; 0 where that is in the logits' dtype."""
+    return torch.finfo(lhs.dtype).eps / 2 if lhs.dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def assert_accurate(actual, inputs, function=reference.pairwise_softplus, names=NAMES, **options) -> None:
@@ -57,22 +87,11 @@ def assert_accurate(actual, inputs, function=reference.pairwise_softplus, names=
             )
 
     exact, limit = testing.in_float64(dense, inputs), floor(*inputs)
-    try:
-        testing.assert_as_accurate(actual, forms(), exact, names, limit)
-    except AssertionError:
-        # The gradients of the scale and of the bias are one number each, sums over all pairs, whose terms may cancel. A sum of
-        # terms that are each known to a relative error e is known to e times its condition number, sum |t| / |sum t|.
-        worse, samples = cancellations(dense, inputs), list(forms())
-        for k, name in enumerate(names):
-            one = [[form[k]] for form in samples]
-            of_sum = floor(*inputs, rounded_pairs=False) * worse[name] if name in worse else 0.0
-            testing.assert_as_accurate([actual[k]], one, [exact[k]], [name], max(limit, of_sum))
-
-
-def cancellations(dense, inputs) -> dict[str, float]:
-    """How much larger the terms of a sum over all pairs are than the sum, from the gradient of a bias for each pair."""
-    lhs, rhs, scale, bias = (x.detach().double() for x in inputs)
-    biases = bias.expand(len(lhs), len(rhs)).clone().requires_grad_()
-    *_, g = testing.value_and_gradients(lambda: dense(lhs, rhs, scale, biases), (biases,))
-    terms = {"dscale": g * (lhs @ rhs.T), "dbias": g}
-    return {name: float(term.abs().sum() / term.sum().abs()) for name, term in terms.items()}
+    floors = floors_of_sums(dense, inputs, options.get("rhs_bias"))
+    # Numbers below the smallest normal one, as of a sigmoid at z = -95 in float32, have fewer digits; none, in the end.
+    normal = torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).smallest_normal
+    # Each reads as many forms as it needs, and no form is made twice.
+    for k, (name, read) in enumerate(zip(names, itertools.tee(forms(), len(names)), strict=True)):
+        one = ([form[k]] for form in read)
+        at_least = floors.get(name, limit) + normal / max(float(exact[k].norm()), normal)
+        testing.assert_as_accurate([actual[k]], one, [exact[k]], [name], at_least)
