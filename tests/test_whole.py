@@ -18,6 +18,11 @@ torch_backend = backends.load("torch")
 OF_TILES = {"tile": (1024, 1024)}  # a tile that is given takes the passes
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def steps(monkeypatch):
     """{"softmax_step": [whether a call made the loss]}, likewise for the sigmoid."""
