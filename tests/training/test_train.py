@@ -241,7 +241,7 @@ def test_false_negatives_are_masked_avoided_or_kept(tmp_path):
     everything = run(path, "--steps=2", "--false-negatives=ratio:0", keys=keys).losses[0]
     nothing = run(path, "--steps=2", "--false-negatives=margin:2", keys=keys).losses[0]
     assert everything < avoid  # positives have a positive similarity, and so have most of their negatives
-    assert nothing == mask
+    assert nothing == pytest.approx(mask, rel=1e-5)
     # A mask leaves 7 of 12 documents for a query, an avoiding batch 2 of 2; softmax of near-equal logits is their log.
     assert avoid < mask < keep
     assert avoid < 1.5
