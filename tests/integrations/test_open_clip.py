@@ -16,6 +16,7 @@ import torch
 
 import gcl_kernels
 import gcl_kernels.integrations.open_clip as integration
+from gcl_kernels.integrations.open_clip import __main__ as command
 from gcl_kernels.integrations.open_clip import importing
 from gcl_kernels.training.openclip import TINY_MODEL, import_open_clip
 from tests.counting import LargestTensor
@@ -298,3 +299,14 @@ def test_open_clip_train_over_ranks_has_the_same_losses(tmp_path):
     flags = [["--local-loss"] * local + ["--gather-with-grad"] * gather for local in (0, 1) for gather in (0, 1)]
     for ours, theirs in trained(tmp_path, [[TINY, *flag] for flag in flags], world=2):
         assert_alike(ours, theirs, LOGGED)
+
+
+def test_the_command_leaves_open_clip_as_it_was(monkeypatch):
+    module = types.ModuleType("open_clip_train.main")
+    seen = []
+    module.main = lambda arguments: seen.append((arguments, open_clip.factory.ClipLoss))
+    monkeypatch.setitem(sys.modules, "open_clip_train", types.ModuleType("open_clip_train"))
+    monkeypatch.setitem(sys.modules, "open_clip_train.main", module)
+    command.main(["--model=x"])
+    assert seen == [(["--model=x"], gcl_kernels.ClipLoss)]
+    assert {name: getattr(open_clip.factory, name) for name in OURS} == THEIRS

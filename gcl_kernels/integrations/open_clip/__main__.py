@@ -2,12 +2,19 @@
 
 import sys
 
-from . import VARIABLE, apply
+from . import VARIABLE, apply, undo
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Replace the losses and train, with open_clip_train's own command line."""
     replaced = apply()
+    try:
+        _train(replaced, arguments)
+    finally:
+        undo()
+
+
+def _train(replaced: list[str], arguments: list[str] | None) -> None:
     from open_clip_train.main import main as train  # pyright: ignore[reportMissingImports]
 
     # open_clip_train sets up its logging later
