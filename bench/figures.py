@@ -53,6 +53,36 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_summary(result: dict[str, Any], path: Path) -> None:
+    """Memory and time over N, ours and open_clip's: one line each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = [c for c in scaling([c for c in result["cells"] if c["seconds"]]) if c["peer"] in PLAIN_NAMES]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    for axis, value, title, unit in (
+        (axes[0], extra, "Extra memory of a step", "MiB"),
+        (axes[1], median, "Time of a step, forward and backward", "seconds"),
+    ):
+        drawn = [c for c in cells if value(c)]
+        lines_by_peer(drawn, "n", value, axis)
+        batch_axis(axis, [c["n"] for c in drawn])
+        axis.set(yscale="log", ylabel=unit)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def extra(cell: Cell) -> float | None:
+    """MiB; less than 1 is what the allocator happens to do."""
+    mib = cell.get("extra_mib")
+    return mib if mib is not None and mib >= 1 else None
+
+
 def lines_by_series(cells: Sequence[Cell], value, axis) -> list[Cell]:
     """A line for each peer of each loss and dtype; the cells that are drawn."""
     drawn: list[Cell] = []
@@ -105,10 +135,6 @@ def time_over_n(cells, axis) -> bool:
 
 
 def memory_over_n(cells, axis) -> bool:
-    def extra(cell: Cell) -> float | None:
-        mib = cell.get("extra_mib")
-        return mib if mib is not None and mib >= 1 else None
-
     if axis is not None:
         drawn = lines_by_series(cells, extra, axis)
         batch_axis(axis, [c["n"] for c in drawn])

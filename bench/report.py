@@ -30,7 +30,7 @@ from bench.cells import (
     spread,
     where,
 )
-from bench.figures import draw
+from bench.figures import draw, draw_summary
 from gcl_kernels import plan
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,6 +38,7 @@ BENCH_README = Path(__file__).parent / "README.md"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- figures: bench.report -->", "<!-- end figures -->"
 CURVES = "cpu-curves.json"  # what the project's README shows
+SUMMARY = RESULTS / "cpu-summary.png"  # README's
 
 
 # Tables.
@@ -189,6 +190,7 @@ def main() -> None:
         draw(result, (RESULTS / name).with_suffix(".png"))
     BENCH_README.write_text(bench_readme(results))
     if CURVES in results:
+        draw_summary(results[CURVES], SUMMARY)
         README.write_text(with_figures(README.read_text(), results[CURVES]))
     print(f"tables: {BENCH_README}, figures: {RESULTS}/*.png")
 
