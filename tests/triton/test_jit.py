@@ -216,7 +216,8 @@ def test_a_tape_launches_what_the_launch_code_does(monkeypatch):
             own = {x.data_ptr(): i for i, x in enumerate(inputs)}
             # the seventh is what a profiler is told
             steps.append([(kernel, flat([*given[:6], *given[7:]]), own) for kernel, given in launched])
-    assert plan is not None and all(isinstance(tape, Tape) for tape in plan[0].tapes.values())
+    assert plan is not None
+    assert all(isinstance(tape, Tape) for tape in plan[0].tapes.values())
     assert [len(step) for step in steps] == [8, 8, 8]
     for launch, recorded, repeated in zip(*steps, strict=True):
         for kernel, given, own in (recorded, repeated):

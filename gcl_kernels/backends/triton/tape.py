@@ -30,7 +30,7 @@ from .run import Block
 # Operators that allocate and write nothing, and those that decide something by a number on the device.
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "item")
-DIRECT = {torch.ops.aten.mm.default: torch.mm}  # in half the time of the overload
+DIRECT: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.default: torch.mm}  # in half the time of the overload
 
 ALIGNMENT = 512  # bytes, as CUDA's caching allocator aligns what it gives
 
@@ -164,7 +164,8 @@ class Recorder(TorchDispatchMode):
             if made and len(made) != len(results):
                 self.recordable = False
             given, options = self._refs(args), self._refs(kwargs)
-            self.steps.append(Called(DIRECT.get(func, func), given, options, tuple(map(self._own, made))))
+            function = DIRECT.get(func) or func
+            self.steps.append(Called(function, given, options, tuple(map(self._own, made))))
         return result
 
     def launched(self, launch: Callable[..., Any], kernel: str, programs: int, arguments: dict[str, Any]) -> None:
@@ -201,7 +202,7 @@ class Recorder(TorchDispatchMode):
             return Ref(0, None, 0)
         if not kernel:
             self.on_operators.add(index)
-        first = x.storage_offset() - owner.storage_offset()
+        first = int(x.storage_offset()) - int(owner.storage_offset())
         same = first == 0 and x.shape == owner.shape and x.stride() == owner.stride()
         return Ref(index, None if same else (x.shape, x.stride(), first), first * x.itemsize)
 
