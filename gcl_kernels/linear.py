@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import Lines, Want
+from .backends import Lines, Need, Want
 from .derivatives import eager, refuse_double_backward
 from .lse import statistics
+from .ops import statistics_gradient
 from .pairs import Pairs
 
 # A direction takes 6 N M D where its gradient is formed with its statistics, 8 here. From this many logits on, as many as G's
@@ -42,12 +43,38 @@ _on_triton._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMembe
 
 def loss(pairs: Pairs, weights: Tensor | None, directions: str, reduction: str, backend: str | None) -> Tensor:
     """0-d float32."""
-    want = Want(directions != "rhs_to_lhs", directions != "lhs_to_rhs")
-    row, col, positive = statistics(pairs, want, backend)
+    want, mean = Want(directions != "rhs_to_lhs", directions != "lhs_to_rhs"), reduction == "mean"
     if weights is not None:
         weights = weights.detach().reshape(-1).contiguous()
-    given = (row, col, positive, weights, pairs.labels, pairs.m, directions, reduction == "mean")
-    return _Eager.apply(*given) if eager(row) else _loss_of_lines(*given)
+    if eager(*pairs.differentiable):
+        return _Whole.apply(pairs, weights, want, mean, *pairs.differentiable)
+    row, col, positive = statistics(pairs, want, backend)
+    return _loss_of_lines(row, col, positive, weights, pairs.labels, pairs.m, directions, mean)
+
+
+class _Whole(torch.autograd.Function):
+    """The operators without their dispatch, in one node."""
+
+    @staticmethod
+    def forward(ctx, pairs, weights, want, mean, *differentiable):
+        loss, lines, plan = backends.load("triton").loss_of_pairs(pairs, weights, want, mean)
+        ctx.save_for_backward(*lines, weights, *pairs.fields())
+        ctx.options = want, mean, plan
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        row, col, positive, weights, *given = ctx.saved_tensors
+        pairs, (want, mean, plan) = Pairs(*given), ctx.options
+        lines, need = Lines(row, col, positive), Need(*ctx.needs_input_grad[4:])
+        if torch.is_grad_enabled():  # the operators refuse a second derivative
+            directions = "both" if want.both else "lhs_to_rhs" if want.row else "rhs_to_lhs"
+            upstream = _spread(g, weights, pairs.labels, pairs.n, pairs.m, directions, mean)
+            gradients = statistics_gradient(pairs, lines, Lines(*upstream), want, need, "triton")
+        else:
+            backward = backends.load("triton").loss_of_pairs_backward
+            gradients = backward(g, pairs, weights, lines, need, mean, plan)
+        return None, None, None, None, *gradients
 
 
 def _run(
@@ -98,21 +125,7 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, g):
     weights, labels = ctx.saved_tensors
-    spread = _run_spread if not torch.is_grad_enabled() and eager(g) else _spread
-    return *spread(g, weights, labels, *ctx.options), *[None] * 5
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without its dispatch."""
-
-    @staticmethod
-    def forward(ctx, *given):
-        _setup_context(ctx, given, None)
-        return _run(*given)
-
-    @staticmethod
-    def backward(ctx, g):
-        return _differentiate(ctx, g)
+    return *_spread(g, weights, labels, *ctx.options), *[None] * 5
 
 
 _refuse_double_backward = refuse_double_backward(

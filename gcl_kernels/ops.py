@@ -143,6 +143,16 @@ def _(*given):
     return empty_gradients(pairs, call.need)
 
 
+def statistics_gradient(
+    pairs: Pairs, lines: Lines, upstream: Lines, want: Want, need: Need, backend: str | None
+) -> tuple[Tensor | None, ...]:
+    """By the operator, which refuses a second derivative; None for what is not needed."""
+    empty = pairs.lhs.new_empty(0, dtype=statistics_dtype(pairs.lhs.device))
+    made = (empty if x is None else x for x in lines)
+    given = arguments(pairs, upstream, Call(want, need, backend))
+    return tuple(g if needed else None for g, needed in zip(_backward(*given, *made), need, strict=True))
+
+
 def filled(gradients: Gradients, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """An operator returns no None: empty tensors instead."""
     lhs, rhs, scale = (x.new_empty(0) if g is None else g for g, x in zip(gradients, pairs.differentiable, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +110,10 @@ class Pairs:
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lhs, self.rhs, self.logit_scale
 
+    def fields(self) -> tuple[Tensor | None, ...]:
+        """What makes them again, `Pairs(*fields)`."""
+        return fields_of(self)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The fields that are there, by name."""
         return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
@@ -118,6 +123,7 @@ class Pairs:
         return {name: x for name, x in self.tensors() if name in OPTIONAL and OPTIONAL[name][0] == "cols"}
 
 
+fields_of = attrgetter(*(f.name for f in fields(Pairs)))
 OPTIONAL = {f.name: (f.metadata["along"], f.metadata["check"]) for f in fields(Pairs) if f.metadata}
 
 

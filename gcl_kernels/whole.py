@@ -17,14 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, linear, validation
 from .backends.pointwise import PointwiseNeed
 from .derivatives import eager, refuse_double_backward
 from .pairs import Pairs
 
 CPU = torch.device("cpu")
 # Of the features: the dtype that a scale and a bias have as they are.
-STEP_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+STEP_DTYPES = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 FIELDS = tuple(field.name for field in dataclasses.fields(Pairs))
 
 
@@ -40,9 +45,11 @@ def sigmoid(pairs: Pairs, bias: Tensor, reduction: str, backend: str | None) -> 
     return _step(pairs, bias, None, reduction, backend)
 
 
-def of_features(lhs: Tensor, rhs: Tensor, logit_scale: object, bias: object = None) -> Tensor | None:
-    """The mean of `softmax`, or of `sigmoid` beside a bias, of a drop-in's arguments as they came, where nothing about them needs
-    a check; None otherwise.
+def of_features(
+    lhs: Tensor, rhs: Tensor, logit_scale: object, bias: object = None, weights: Tensor | None = None
+) -> Tensor | None:
+    """The mean of `softmax`, or of `sigmoid` beside a bias, of a loss's arguments as they came, where nothing about them needs a
+    check; None otherwise.
 
     The checks of a public function take the host as long as a third of a step of 64 rows.
     """
@@ -57,14 +64,30 @@ def of_features(lhs: Tensor, rhs: Tensor, logit_scale: object, bias: object = No
         or lhs.shape != rhs.shape
         or lhs.dtype != rhs.dtype
         or lhs.dtype not in STEP_DTYPES
-        or not lhs.device == rhs.device == logit_scale.device == CPU
-        or any(x.ndim or x.dtype != STEP_DTYPES[lhs.dtype] or x.device != CPU for x in numbers)
+        or not (lhs.device == rhs.device == logit_scale.device)
+        or any(x.ndim or x.dtype != STEP_DTYPES[lhs.dtype] or x.device != lhs.device for x in numbers)
         or lhs.numel() == 0
-        or torch.is_autocast_enabled("cpu")
+        or not (weights is None or _need_no_check(weights, lhs))
+        or torch.is_autocast_enabled(lhs.device.type)
         or forward_ad._current_level >= 0
     ):
         return None
-    return _step(Pairs(lhs, rhs, logit_scale), bias, None, "mean", None)
+    pairs = Pairs(lhs, rhs, logit_scale)
+    if bias is None and linear.takes(pairs, weights, "both", "mean", None):
+        return linear.loss(pairs, weights, "both", "mean", None)
+    return _step(pairs, bias, weights, "mean", None) if lhs.device == CPU else None
+
+
+def _need_no_check(weights: Tensor, lhs: Tensor) -> bool:
+    """One number a row, which nobody may look at."""
+    return (
+        isinstance(weights, Tensor)
+        and eager(weights)
+        and weights.shape == lhs.shape[:1]
+        and weights.dtype in STEP_DTYPES
+        and weights.device == lhs.device
+        and not validation.may_read(weights)
+    )
 
 
 def _step(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 DEFAULT_WORKSPACE_MIB = 256
+WORKSPACE_VARIABLE = "GCL_KERNELS_WORKSPACE_MIB"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Settings:
     debug: bool | None = None
     host_reads: bool | None = None
     few_chunks: bool | None = None
+    tapes: bool | None = None
     cpu_products: str | None = None
     cpu_bfloat16: str | None = None
 
@@ -42,6 +44,7 @@ def settings(
     debug: bool | None = None,
     host_reads: bool | None = None,
     few_chunks: bool | None = None,
+    tapes: bool | None = None,
     cpu_products: str | None = None,
     cpu_bfloat16: str | None = None,
 ) -> Iterator[None]:
@@ -56,6 +59,8 @@ def settings(
             tensors take the path of other devices.
         few_chunks: whether loops over chunks make their first two steps and their last one only. The results are then wrong,
             but the peak of memory is not: `plan` asks for it.
+        tapes: whether the Triton backend repeats what it launched for a layout (`triton.tape`) or decides it anew every time;
+            otherwise `GCL_KERNELS_TAPES`, 1 by default.
         cpu_products: "mm" or "onednn", how a CPU multiplies float32 (`cpu`); otherwise `GCL_KERNELS_CPU_PRODUCTS`.
         cpu_bfloat16: "widen" or "native", how a CPU multiplies bfloat16; otherwise `GCL_KERNELS_CPU_BFLOAT16`.
     """
@@ -68,6 +73,7 @@ def settings(
         "debug": debug,
         "host_reads": host_reads,
         "few_chunks": few_chunks,
+        "tapes": tapes,
         "cpu_products": cpu_products,
         "cpu_bfloat16": cpu_bfloat16,
     }
@@ -86,7 +92,7 @@ def workspace_bytes() -> int:
     """The budget for tiles in memory. What is O((N + M) D) does not count."""
     mib = _current.workspace_mib
     if mib is None:
-        mib = float(os.environ.get("GCL_KERNELS_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB))
+        mib = float(os.environ.get(WORKSPACE_VARIABLE, DEFAULT_WORKSPACE_MIB))
     return int(mib * 2**20)
 
 
@@ -99,3 +105,9 @@ def debug() -> bool:
 def may_read_on_host(device: torch.device) -> bool:
     """Whether reading a number costs no synchronisation."""
     return device.type == "cpu" if _current.host_reads is None else _current.host_reads
+
+
+def may_record() -> bool:
+    if _current.tapes is not None:
+        return _current.tapes
+    return os.environ.get("GCL_KERNELS_TAPES", "1") not in ("", "0")

@@ -12,12 +12,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gcl_kernels import backends
 from gcl_kernels.backends import Lines, Mean, Need, Want
 from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.triton import field_kernels, kernels, line_kernels, loss_kernels, strip_kernels
 from gcl_kernels.backends.triton.config import FAMILIES
+from gcl_kernels.backends.triton.tape import Tape
 from gcl_kernels.pairs import Pairs
 
 
@@ -187,3 +189,42 @@ def test_fields_pass_the_jit(masked):
         out, norms = backend.aggregate_fields(fields, mask, mean)
         backend.aggregate_fields_backward(fields, mask, mean, norms, out, [True, False])
     assert variants("aggregate_forward", "aggregate_backward") == [1 + masked, 1 + masked]
+
+
+def flat(x):
+    """Numbers in place of tensors and of descriptors."""
+    if isinstance(x, (tuple, list)):
+        return [leaf for item in x for leaf in flat(item)]
+    if isinstance(x, TensorDescriptor):
+        return flat([x.base, tuple(x.shape), tuple(x.strides), tuple(x.block_shape)])
+    return [x.data_ptr() if isinstance(x, torch.Tensor) else x]
+
+
+def test_a_tape_launches_what_the_launch_code_does(monkeypatch):
+    """The same compiled kernels with the same numbers; addresses are those of this step's inputs, or of its own memory."""
+    launched, steps, kept = [], [], []
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: launched.append((self, given)))
+    with backends.settings(config=FAMILIES["sm_90"].config(torch.bfloat16, 64, "ieee")):
+        for _ in range(3):
+            lhs, rhs = (torch.zeros(k, 64, dtype=torch.bfloat16) for k in (300, 310))
+            inputs = lhs, rhs, torch.tensor(1.0), torch.ones(300)
+            kept.append(inputs)  # alive, so that no address is used again
+            launched.clear()
+            loss, lines, plan = backend.loss_of_pairs(Pairs(*inputs[:3]), inputs[3], Want(True, True), True)
+            need = Need(True, True, True)
+            backend.loss_of_pairs_backward(loss, Pairs(*inputs[:3]), inputs[3], lines, need, True, plan)
+            own = {x.data_ptr(): i for i, x in enumerate(inputs)}
+            # the seventh is what a profiler is told
+            steps.append([(kernel, flat([*given[:6], *given[7:]]), own) for kernel, given in launched])
+    assert plan is not None
+    assert all(isinstance(tape, Tape) for tape in plan[0].tapes.values())
+    assert [len(step) for step in steps] == [8, 8, 8]
+    for launch, recorded, repeated in zip(*steps, strict=True):
+        for kernel, given, own in (recorded, repeated):
+            assert kernel is launch[0]
+            for x, expected in zip(given, launch[1], strict=True):
+                if isinstance(expected, int) and expected > 2**32:
+                    assert own.get(x) == launch[2].get(expected)
+                    assert x % 16 == expected % 16
+                else:
+                    assert x is expected or x == expected

@@ -7,6 +7,7 @@ without memory it then says what would be launched on which shapes (`replaced_by
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,11 +32,42 @@ class Block:
 
 def run(kernel: str, programs: int, **arguments: Any) -> None:
     """Launches a kernel of this package's `kernels` and `*_kernels` modules on the device of its tensors."""
-    _runner(kernel, programs, **arguments)
+    watcher = getattr(_of_this_thread, "watcher", None)
+    if watcher is None:
+        _runner(kernel, programs, **arguments)
+    else:
+        watcher(_runner, kernel, programs, arguments)
 
 
 @contextlib.contextmanager
-def replaced_by(runner: Callable[..., None]) -> Iterator[None]:
+def watched_by(watcher: Callable[[Callable[..., Any], str, int, dict[str, Any]], None]) -> Iterator[None]:
+    """Within the `with` block this thread's launches are `watcher(launch, kernel, programs, arguments)`, which calls `launch`.
+
+    What `launch(kernel, programs, **arguments)` returns launches the kernel again as `compiled[(programs, 1, 1)](*given)`, given
+    being the arguments `in_order`; it is None where there is no such thing.
+    """
+    _of_this_thread.watcher = watcher
+    try:
+        yield
+    finally:
+        _of_this_thread.watcher = None
+
+
+def in_order(kernel: str, arguments: dict[str, Any]) -> list[Any]:
+    """A kernel's arguments as it takes them when it is compiled: those of the launch are left out."""
+    if _runner is not _launch:
+        return list(arguments.values())
+    arguments = _with_functions(arguments)
+    return [arguments[name] for name in _jit_functions()[kernel].arg_names]
+
+
+def as_argument(block: Block) -> Any:
+    """What a compiled kernel takes."""
+    return _descriptor(block) if _runner is _launch else block
+
+
+@contextlib.contextmanager
+def replaced_by(runner: Callable[..., Any]) -> Iterator[None]:
     """Within the `with` block, `run` calls `runner(kernel, programs, **arguments)` and launches nothing."""
     global _runner
     before, _runner = _runner, runner
@@ -57,17 +89,22 @@ def storable(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type != "meta" and interpreted() else x.dtype
 
 
-def _launch(kernel: str, programs: int, **arguments: Any) -> None:
-    functions = _jit_functions()
-    arguments |= {name: functions[arguments[name]] for name in FUNCTIONS if arguments.get(name) is not None}
+def _launch(kernel: str, programs: int, **arguments: Any) -> Any:
+    functions, arguments = _jit_functions(), _with_functions(arguments)
     device = next(x.device for x in map(_first, arguments.values()) if isinstance(x, Tensor))
     arguments = {name: _descriptor(x) if isinstance(x, Block) else x for name, x in arguments.items()}
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        functions[kernel][(programs,)](**arguments)
+        return functions[kernel][(programs,)](**arguments)
 
 
-_runner: Callable[..., None] = _launch
+def _with_functions(arguments: dict[str, Any]) -> dict[str, Any]:
+    functions = _jit_functions()
+    return arguments | {name: functions[arguments[name]] for name in FUNCTIONS if arguments.get(name) is not None}
+
+
+_runner: Callable[..., Any] = _launch
+_of_this_thread = threading.local()
 
 
 @cache
