@@ -20,8 +20,13 @@ from torch.nn import functional as F
 from .test_package import PROJECT
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n$")  # above a block that cannot run here, with the reason
+
+
+def title(page):
+    """Its path from docs/, or its name beside the README."""
+    return page.relative_to(ROOT / "docs" if (ROOT / "docs") in page.parents else ROOT).as_posix()
 
 
 def blocks(language):
@@ -31,7 +36,7 @@ def blocks(language):
         for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             if not NOT_RUN.search(text[: match.start()]):
                 line = text[: match.start(1)].count("\n")
-                yield pytest.param(page, line, match[1], id=f"{page.name}:{line + 1}")
+                yield pytest.param(page, line, match[1], id=f"{title(page)}:{line + 1}")
 
 
 def skip_without_harness():
@@ -76,7 +81,7 @@ def namespaces(tmp_path_factory):
     """The names of each page: a block sees what the blocks before it have made."""
     group = f"file://{tmp_path_factory.mktemp('group')}/rendezvous"
     distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)  # "Many GPUs" runs as one process
-    yield {page.name: {} for page in PAGES} | {"README.md": readme_names()}
+    yield {title(page): {} for page in PAGES} | {"README.md": readme_names()}
     distributed.destroy_process_group()
 
 
@@ -85,9 +90,9 @@ def test_python_runs(page, line, code, namespaces, tmp_path, monkeypatch):
     if re.search(r"open_clip|gcl_kernels\.training", code):
         skip_without_harness()
     monkeypatch.chdir(tmp_path)
-    if page.name == "guide.md":
+    if title(page) == "guide.md":
         guide_files(tmp_path)
-    names = namespaces[page.name]
+    names = namespaces[title(page)]
     names.pop("loss", None)
     exec(compile("\n" * line + code, page, "exec"), names)  # a traceback names the page's own line
     if "loss = " in code:
@@ -127,7 +132,7 @@ def commands():
         indented = re.findall(r"^    (\S.*)$", joined, re.MULTILINE)
         for code in indented + inline_code(page):
             if re.match(r"(python|torchrun|gcl-\w+|make|pip)( |$)", code):
-                yield pytest.param(shlex.split(code, comments=True), id=f"{page.name}: {code[:60]}")
+                yield pytest.param(shlex.split(code, comments=True), id=f"{title(page)}: {code[:60]}")
 
 
 class Parsed(BaseException):
@@ -199,7 +204,7 @@ def test_a_command_takes_its_arguments(words):
 HARNESS = tuple(f"gcl_kernels.training{name}" for name in ("", ".evaluate", ".experiments", ".report"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_options_that_are_named_exist(page):
     named = {code.split()[0].split("=")[0] for code in inline_code(page) if code.startswith("--")}
     if named:
@@ -208,7 +213,7 @@ def test_options_that_are_named_exist(page):
     assert named <= known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_modules_that_are_named_exist(page):
     for code in inline_code(page):
         code = code.replace("gcl_kernels.reference", "reference")  # its name in a checkout
@@ -218,7 +223,7 @@ def test_modules_that_are_named_exist(page):
             assert found or importlib.util.find_spec(code), code
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
