@@ -1,62 +1,79 @@
-"""What mkdocs.yml cannot say: patterns in the navigation, links of a page to files outside docs/, no script from a network."""
+"""What mkdocs.yml cannot say: patterns in the navigation, pages and links outside docs/, no script from a network."""
 
+import os
 import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+PAGES = {"bench/README.md": "measurements.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+"""Pages of the site that stand elsewhere in the repository."""
+
 NETWORK, HERE = "https://unpkg.com/iframe-worker/shim", "vendor/iframe-worker.js"
 """What the theme would fetch to search in a page opened from a disk, and our copy of it."""
 
 
 def on_config(config):
-    config.nav = expanded(config.nav)
+    config.nav = expanded(config.nav, set(pages_in(config.nav)))
     return config
 
 
-def expanded(entries):
-    """The entries; in the place of a pattern, the pages that match it and that no other entry names."""
-    named = set(pages(entries))
-
-    def expand(entry):
+def expanded(entries, named):
+    """The entries; in the place of a pattern the pages that match it and are not `named`; no section without a page."""
+    result = []
+    for entry in entries:
         if isinstance(entry, dict):
-            return [{title: expanded_list(below) if isinstance(below, list) else below for title, below in entry.items()}]
-        if "*" not in entry:
-            return [entry]
-        matches = sorted((ROOT / "docs").glob(entry))
-        return [path for path in (match.relative_to(ROOT / "docs").as_posix() for match in matches) if path not in named]
+            ((title, below),) = entry.items()
+            below = expanded(below, named) if isinstance(below, list) else below
+            result += [{title: below}] if below else []
+        elif "*" in entry:
+            matches = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob(entry))
+            result += [page for page in matches if page not in named]
+        else:
+            result.append(entry)
+    return result
 
-    def expanded_list(below):
-        return [new for entry in below for new in expand(entry)]
 
-    return expanded_list(entries)
-
-
-def pages(entries):
+def pages_in(entries):
     for entry in entries:
         for below in entry.values() if isinstance(entry, dict) else [entry]:
-            yield from pages(below) if isinstance(below, list) else [below]
+            yield from pages_in(below) if isinstance(below, list) else [below]
+
+
+def on_files(files, config):
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """A picture outside docs/ is copied to the site; any other file there is named, since it has no page."""
-    folder = Path(page.file.abs_src_path).parent
+    """Links between docs/ and the rest of the repository lead to a page, to a copy of a picture, or become a file's name."""
+    source = Path(page.file.abs_src_path)
+    folder = Path(page.file.src_uri).parent
 
     def replace(match):
-        sign, text, target = match.groups()
-        path = (folder / target).resolve()
-        if path.is_relative_to(ROOT / "docs") or not path.is_file():
+        is_picture, text, target, anchor = match.groups()
+        path = Path(os.path.normpath(source.parent / target))
+        if not path.exists():
             return match[0]  # mkdocs says what is wrong with it
         inside = path.relative_to(ROOT).as_posix()
-        if not sign:
+        if path.is_relative_to(DOCS):
+            to = path.relative_to(DOCS).as_posix()
+        elif inside in PAGES:
+            to = PAGES[inside]
+        elif is_picture:
+            to = "pictures/" + inside.replace("/", "-")
+            if files.get_file_from_path(to) is None:
+                files.append(File.generated(config, to, abs_src_path=str(path)))
+        else:
             return f"`{inside}`"
-        name = "pictures/" + inside.replace("/", "-")
-        if files.get_file_from_path(name) is None:
-            files.append(File.generated(config, name, abs_src_path=str(path)))
-        return f"![{text}]({'../' * page.file.src_uri.count('/')}{name})"
+        to = os.path.relpath(to, folder)
+        return f"[![{text}]({to})]({to})" if is_picture else f"[{text}]({to}{anchor or ''})"
 
-    return re.sub(r"(!?)\[([^]]*)\]\((\.\./[^)#]+)(?:#[^)]*)?\)", replace, markdown)
+    return re.sub(r"(!?)\[([^]]*)\]\(([^):#]+)(#[^)]*)?\)", replace, markdown)
 
 
 def on_post_page(output, page, config):
@@ -64,4 +81,4 @@ def on_post_page(output, page, config):
 
 
 def on_post_template(output_content, template_name, config):
-    return output_content.replace(NETWORK, HERE)
+    return output_content.replace(NETWORK, "/" + HERE)

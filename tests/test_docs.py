@@ -141,7 +141,14 @@ class Parsed(BaseException):
 
 @cache
 def parser_of(module):
-    """The parser that a module's `main` makes; reading the command line with it ends `main`."""
+    """The parser that a module's `main` makes."""
+    if importlib.util.find_spec(f"{module}.__main__" if is_package(module) else module) is None:
+        pytest.fail(f"there is no module {module}")
+    return parser_made_by(importlib.import_module(f"{module}.__main__" if is_package(module) else module).main, module)
+
+
+def parser_made_by(function, program, *arguments):
+    """The parser that a function makes; reading the command line with it ends the function."""
     read = argparse.ArgumentParser.parse_known_args
 
     def parse_known_args(parser, *arguments):
@@ -149,15 +156,12 @@ def parser_of(module):
             return read(parser, *arguments)
         raise Parsed(parser)
 
-    if importlib.util.find_spec(f"{module}.__main__" if is_package(module) else module) is None:
-        pytest.fail(f"there is no module {module}")
-    main = importlib.import_module(f"{module}.__main__" if is_package(module) else module).main
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
-        mock.patch.object(sys, "argv", [module]),
+        mock.patch.object(sys, "argv", [program]),
         pytest.raises(Parsed) as parsed,
     ):
-        main()
+        function(*arguments)
     return parsed.value.args[0]
 
 
@@ -210,6 +214,9 @@ def test_options_that_are_named_exist(page):
     if named:
         skip_without_harness()
     known = {option for module in (*HARNESS, "gcl_kernels.plan") for option in parser_of(module)._option_string_actions}
+    if title(page) == "open_clip.md":
+        params = importlib.import_module("open_clip_train.params")
+        known |= set(parser_made_by(params.parse_args, "open_clip_train", [])._option_string_actions)
     assert named <= known
 
 

@@ -24,7 +24,17 @@ def build(configuration, folder):
     absent = [tool for tool in TOOLS if not is_installed(tool)]
     if absent:
         pytest.skip(f"{', '.join(absent)} not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", configuration, "--site-dir", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        configuration,
+        "--site-dir",
+        folder,
+    ]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
