@@ -1,6 +1,7 @@
 """What README.md, CHANGELOG.md and docs/ show is true: Python runs, commands parse, what is named or linked exists."""
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -234,3 +235,41 @@ def test_modules_that_are_named_exist(page):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_tables_of_the_findings_are_those_that_the_runs_wrote():
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs/results.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    assert set(rows) <= set((ROOT / "docs/result_tables.md").read_text().splitlines())
+
+
+def test_the_runs_find_where_to_write_their_tables():
+    text = (ROOT / "docs/result_tables.md").read_text()
+    for section in ("", ": sigmoid"):
+        begin, end = f"\n<!-- experiments{section} -->\n", f"\n<!-- end experiments{section} -->\n"
+        assert text.count(begin) == text.count(end) == 1
+        assert 0 < text.index(begin) < text.index(end)
+
+
+@cache
+def messages():
+    """Every string of the library's source, with … in the place of what is put into it."""
+    found = []
+    for path in (ROOT / "gcl_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+            found += [text] if len(text) > 10 else []
+    return found
+
+
+HEADINGS = re.findall(
+    r"^### `([^`]*expected[^`]*|gcl_kernels [^`]*)`", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_messages_that_are_explained_are_those_of_the_library(heading):
+    words = re.sub(r"^[\w…]+: ", "", heading)  # without the argument, which may be one of several
+    pattern = ".*".join(re.escape(part) for part in words.split("…"))
+    assert any(re.search(pattern, message, re.DOTALL) for message in messages())
