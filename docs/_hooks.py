@@ -22,7 +22,7 @@ def on_config(config):
 
 
 def expanded(entries, named):
-    """The entries; in the place of a pattern the pages that match it and are not `named`; no section without a page."""
+    """The entries; in the place of a pattern the pages that match it and have no place yet; no section without a page."""
     result = []
     for entry in entries:
         if isinstance(entry, dict):
@@ -32,6 +32,7 @@ def expanded(entries, named):
         elif "*" in entry:
             matches = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob(entry))
             result += [page for page in matches if page not in named]
+            named.update(matches)
         else:
             result.append(entry)
     return result

@@ -39,6 +39,17 @@ def build(configuration, folder):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_a_pattern_in_the_navigation_stands_for_pages_without_a_place():
+    pytest.importorskip("mkdocs")
+    specification = importlib.util.spec_from_file_location("hooks", ROOT / "docs/_hooks.py")
+    hooks = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(hooks)
+    nav = [{"Scale": ["grad*.md", {"GPUs": "many_gpus.md"}]}, {"Nothing": ["nothing*.md"]}, "api/r*.md", "[gm]*_*.md"]
+    assert hooks.expanded(nav, set(hooks.pages_in(nav))) == [
+        {"Scale": ["grad_cache.md", {"GPUs": "many_gpus.md"}]}, "api/reference.md", "api/rows.md"
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
