@@ -4,12 +4,14 @@ import importlib
 import importlib.util
 import inspect
 import re
+import typing
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import gcl_kernels
+from gcl_kernels import types
 
 ROOT = Path(__file__).parents[1]
 MODULES = {  # and the package that each needs
@@ -52,10 +54,10 @@ def test_what_is_public_is_listed(name):
     if name == "gcl_kernels.grad_cache":
         assert f"{name}.cached" in LISTED
         return
-    names = {
-        f"{name}.{short}" for short, value in public(module_of(name)) if not (name == "reference" and is_tuple(value))
-    }
-    assert names <= set(LISTED)
+    for short, value in public(module_of(name)):
+        if name == "reference" and is_tuple(value):
+            continue
+        assert {f"{name}.{short}", f"{value.__module__}.{short}"} & set(LISTED), short
 
 
 def is_tuple(value):
@@ -122,3 +124,12 @@ def test_a_parameter_without_an_explanation_is_found():
     assert list(faults("f", function)) == [
         "f: y is not explained", "f: z has no type", "f: z is not explained", "f: the result has no type"
     ]  # fmt: skip
+
+
+def test_the_page_of_types_names_every_value():
+    text = (ROOT / "docs/api/types.md").read_text()
+    literals = {name: value for name, value in vars(types).items() if typing.get_origin(value) is typing.Literal}
+    assert len(literals) > 5
+    for name, value in literals.items():
+        values = ", ".join(f'`"{choice}"`' for choice in typing.get_args(value))
+        assert f"| `{name}` | {values} |" in text

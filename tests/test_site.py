@@ -77,5 +77,13 @@ def test_reading_it_needs_no_network(site):
     assert not re.search(r"@import|url\(.?(https?:)?//", (site / "site.css").read_text(encoding="utf-8"))
 
 
+def test_the_reference_is_of_functions_and_classes(site):
+    """A name that a module shares with what is in it means the module to the tool that reads the source."""
+    for path in (site / "api").glob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert path.stem == "types" or "doc-symbol-function" in text or "doc-symbol-class" in text, path
+        assert "doc-symbol-module" not in text, path
+
+
 def test_nothing_private_is_published(site):
     assert not list(site.rglob("*.py"))
