@@ -86,4 +86,4 @@ def test_the_reference_is_of_functions_and_classes(site):
 
 
 def test_nothing_private_is_published(site):
-    assert not list(site.rglob("*.py"))
+    assert not [path for path in site.rglob("*") if path.suffix in (".py", ".pyc", ".md")]
