@@ -41,11 +41,10 @@ def module_of(name):
     package = MODULES.get(name, "torch")
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    if package in ("open_clip", "sentence_transformers"):
-        from gcl_kernels.integrations.open_clip.importing import import_open_clip
+    if package in ("open_clip", "sentence_transformers") and importlib.util.find_spec("open_clip") is not None:
+        from gcl_kernels.training.openclip import import_open_clip
 
-        if importlib.util.find_spec("open_clip") is not None:
-            import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import either otherwise
+        import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import either otherwise
     return importlib.import_module(name)
 
 
