@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 # Threads that wait sleep instead of spinning: beside any other process, spinning costs small steps a factor of ten.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint package installs lowest bench curves properties clean
+.PHONY: demo test lint docs package installs lowest bench curves properties clean
 
 demo: $(READY)  ## train and rank on a data set made here, with and without GCL weights
 	$(PY) -m gcl_kernels.training.demo
@@ -20,6 +20,9 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+
+docs: $(READY)  ## the documentation site in site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 package: $(READY)  ## the source distribution and the wheel, made from it, in dist/; both checked
 	rm -rf dist
@@ -56,4 +59,4 @@ $(LOWEST)/.ready: requirements-lowest.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info demo_output logs
+	rm -rf $(VENV) $(LOWEST) build dist site *.egg-info demo_output logs

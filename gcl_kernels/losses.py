@@ -306,7 +306,21 @@ class GCLLoss(nn.Module):
         rhs_field_mask: Tensor | None = None,
         rhs_bias: Tensor | None = None,
     ) -> Tensor:
-        """The loss of scores (N,), or (N, P) beside labels (N, P); a score beside label -1 is not looked at."""
+        """`gcl_loss` with the weights of these scores.
+
+        Args:
+            lhs: as in `gcl_loss`, like everything that is not explained here.
+            rhs: as in `gcl_loss`.
+            scores: (N,), or (N, P) beside labels (N, P), of a floating-point dtype or int64. A score beside label -1 is not
+                looked at.
+            logit_scale: as in `gcl_loss`.
+            labels: as in `gcl_loss`.
+            lhs_ids: as in `gcl_loss`.
+            rhs_ids: as in `gcl_loss`.
+            lhs_field_mask: as in `gcl_loss`.
+            rhs_field_mask: as in `gcl_loss`.
+            rhs_bias: as in `gcl_loss`.
+        """
         group = resolve_group(self.process_group)
         with distributed.shared_failure(group):
             scores = local_tensor("scores", scores, group)

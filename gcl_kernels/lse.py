@@ -18,11 +18,17 @@ from .validation import check_choice, check_device, check_tensor
 
 
 class PairwiseLSE(NamedTuple):
-    """Result of `pairwise_logsumexp`: float64 on every device but MPS (float32), differentiable."""
+    """Result of `pairwise_logsumexp`: float64 on every device but MPS (float32), differentiable.
 
-    row: Tensor  # (N,) logsumexp of row i over the columns it sees; -inf if none
-    col: Tensor  # (M,) logsumexp of column j over the rows it sees; -inf if none
-    positive: Tensor  # shaped as labels: s[i, t_i]; 0 for label -1
+    Attributes:
+        row: (N,) logsumexp of row i over the columns it sees; -inf if none.
+        col: (M,) logsumexp of column j over the rows it sees; -inf if none.
+        positive: shaped as labels: `s[i, t_i]`; 0 for label -1.
+    """
+
+    row: Tensor
+    col: Tensor
+    positive: Tensor
 
 
 def pairwise_logsumexp(

@@ -32,19 +32,29 @@ NO_TERMS = RowLoss(0.5, 0.0, 0.0, FalseNegatives())
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One kind of query of `multi_part_loss`, as titles, colours or keywords, for the documents that all parts share."""
+    """One kind of query of `multi_part_loss`, as titles, colours or keywords, for the documents that all parts share.
 
-    lhs: Side  # (N, D) embeddings, or a mapping of fields
-    share: float = 1.0  # of this part in the loss, >= 0
-    weights: Tensor | None = None  # as in `gcl_loss`, like all that is not explained
+    Args:
+        lhs: (N, D) embeddings, or a mapping of fields (N, D).
+        share: of this part in the loss, >= 0.
+        weights: as in `gcl_loss`, shaped as labels.
+        labels: as in `gcl_loss`.
+        lhs_ids: as in `gcl_loss`.
+        rhs_ids: (M,) or (M, K) int64 ids of the documents in this part: of their colours, say.
+        lhs_field_weights: as in `gcl_loss`.
+        lhs_field_mask: as in `gcl_loss`.
+        present: (N,) bool: rows that have this part. What the others hold is never read into a result.
+    """
+
+    lhs: Side
+    share: float = 1.0
+    weights: Tensor | None = None
     labels: Tensor | None = None
     lhs_ids: Tensor | None = None
-    rhs_ids: Tensor | None = None  # of the documents in this part: of their colours, say
+    rhs_ids: Tensor | None = None
     lhs_field_weights: FieldWeights = None
     lhs_field_mask: Tensor | None = None
-    present: Tensor | None = (
-        None  # (N,) bool: rows that have this part; what the others hold is never read into a result
-    )
+    present: Tensor | None = None
 
 
 def multi_part_loss(

@@ -50,9 +50,9 @@ def score_to_weight(
             score s becomes `1 + (s_max - 1) (s - lowest) / (highest - lowest)` before the function sees it. The knots of
             `"piecewise"` stay in the scores' own unit. None (default): scores are in [1, s_max] already.
 
-    Raises (when called, on CPU tensors; elsewhere with `GCL_KERNELS_DEBUG=1`):
-        ValueError: a score that is NaN or outside [1, s_max], or outside `score_range`. `constant` and callables take any score,
-            as it is.
+    Raises:
+        ValueError: an option that is wrong. When the result is called, on CPU tensors and elsewhere with `GCL_KERNELS_DEBUG=1`: a
+            score that is NaN or outside [1, s_max], or outside `score_range`. `constant` and callables take any score, as it is.
 
     Source: the inverse square root is the best function of the GCL paper (arXiv 2404.08535).
     """

@@ -17,10 +17,15 @@ from .validation import check_choice, check_scale
 
 
 class PairwiseSoftplus(NamedTuple):
-    """Result of `pairwise_softplus`: float64 on every device but MPS (float32), differentiable."""
+    """Result of `pairwise_softplus`: float64 on every device but MPS (float32), differentiable.
 
-    row: Tensor  # (N,) sum of softplus(z_ij) over row i's negatives; 0 if none
-    positive: Tensor  # shaped as labels: z[i, t_i]; 0 for label -1
+    Attributes:
+        row: (N,) sum of `softplus(z_ij)` over row i's negatives; 0 if none.
+        positive: shaped as labels: `z[i, t_i]`; 0 for label -1.
+    """
+
+    row: Tensor
+    positive: Tensor
 
 
 def pairwise_softplus(

@@ -35,7 +35,17 @@ def hidden_pairs(
     rhs_limit: Tensor | None = None,
 ) -> Tensor:
     """(N, M) bool: pairs that are false negatives. Equal non-negative ids in any channel hide a pair, a similarity above its
-    row's or its column's limit does; a label shows it."""
+    row's or its column's limit does; a label shows it.
+
+    Args:
+        labels: (N, P), -1 for none.
+        m: M.
+        lhs_ids: (N, K) or None.
+        rhs_ids: (M, K) or None.
+        similarity: (N, M), where there are limits.
+        lhs_limit: (N,) or None.
+        rhs_limit: (M,) or None.
+    """
     n = labels.shape[0]
     hidden = torch.zeros(n, m, dtype=torch.bool, device=labels.device)
     if lhs_ids is not None and rhs_ids is not None:
@@ -180,7 +190,13 @@ def unit(x: Tensor) -> Tensor:
 
 
 def score_to_weight(name: str, scores: Tensor, s_max: float = 100.0) -> Tensor:
-    """w(s) for the functions that need no further parameters."""
+    """w(s) for the functions that need no further parameters.
+
+    Args:
+        name: `"constant"`, `"linear"`, `"inverse"`, `"inverse_sqrt"` or `"log"`.
+        scores: in 1 .. s_max.
+        s_max: the highest score.
+    """
     return {
         "constant": torch.ones_like(scores),
         "linear": scores,

@@ -1,6 +1,7 @@
 """What README.md, CHANGELOG.md and docs/ show is true: Python runs, commands parse, what is named or linked exists."""
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -20,8 +21,13 @@ from torch.nn import functional as F
 from .test_package import PROJECT
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n$")  # above a block that cannot run here, with the reason
+
+
+def title(page):
+    """Its path from docs/, or its name beside the README."""
+    return page.relative_to(ROOT / "docs" if (ROOT / "docs") in page.parents else ROOT).as_posix()
 
 
 def blocks(language):
@@ -31,7 +37,7 @@ def blocks(language):
         for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             if not NOT_RUN.search(text[: match.start()]):
                 line = text[: match.start(1)].count("\n")
-                yield pytest.param(page, line, match[1], id=f"{page.name}:{line + 1}")
+                yield pytest.param(page, line, match[1], id=f"{title(page)}:{line + 1}")
 
 
 def skip_without_harness():
@@ -76,7 +82,7 @@ def namespaces(tmp_path_factory):
     """The names of each page: a block sees what the blocks before it have made."""
     group = f"file://{tmp_path_factory.mktemp('group')}/rendezvous"
     distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)  # "Many GPUs" runs as one process
-    yield {page.name: {} for page in PAGES} | {"README.md": readme_names()}
+    yield {title(page): {} for page in PAGES} | {"README.md": readme_names()}
     distributed.destroy_process_group()
 
 
@@ -85,9 +91,9 @@ def test_python_runs(page, line, code, namespaces, tmp_path, monkeypatch):
     if re.search(r"open_clip|gcl_kernels\.training", code):
         skip_without_harness()
     monkeypatch.chdir(tmp_path)
-    if page.name == "guide.md":
+    if title(page) == "guide.md":
         guide_files(tmp_path)
-    names = namespaces[page.name]
+    names = namespaces[title(page)]
     names.pop("loss", None)
     exec(compile("\n" * line + code, page, "exec"), names)  # a traceback names the page's own line
     if "loss = " in code:
@@ -127,7 +133,7 @@ def commands():
         indented = re.findall(r"^    (\S.*)$", joined, re.MULTILINE)
         for code in indented + inline_code(page):
             if re.match(r"(python|torchrun|gcl-\w+|make|pip)( |$)", code):
-                yield pytest.param(shlex.split(code, comments=True), id=f"{page.name}: {code[:60]}")
+                yield pytest.param(shlex.split(code, comments=True), id=f"{title(page)}: {code[:60]}")
 
 
 class Parsed(BaseException):
@@ -136,7 +142,14 @@ class Parsed(BaseException):
 
 @cache
 def parser_of(module):
-    """The parser that a module's `main` makes; reading the command line with it ends `main`."""
+    """The parser that a module's `main` makes."""
+    if importlib.util.find_spec(f"{module}.__main__" if is_package(module) else module) is None:
+        pytest.fail(f"there is no module {module}")
+    return parser_made_by(importlib.import_module(f"{module}.__main__" if is_package(module) else module).main, module)
+
+
+def parser_made_by(function, program, *arguments):
+    """The parser that a function makes; reading the command line with it ends the function."""
     read = argparse.ArgumentParser.parse_known_args
 
     def parse_known_args(parser, *arguments):
@@ -144,15 +157,12 @@ def parser_of(module):
             return read(parser, *arguments)
         raise Parsed(parser)
 
-    if importlib.util.find_spec(f"{module}.__main__" if is_package(module) else module) is None:
-        pytest.fail(f"there is no module {module}")
-    main = importlib.import_module(f"{module}.__main__" if is_package(module) else module).main
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
-        mock.patch.object(sys, "argv", [module]),
+        mock.patch.object(sys, "argv", [program]),
         pytest.raises(Parsed) as parsed,
     ):
-        main()
+        function(*arguments)
     return parsed.value.args[0]
 
 
@@ -199,16 +209,19 @@ def test_a_command_takes_its_arguments(words):
 HARNESS = tuple(f"gcl_kernels.training{name}" for name in ("", ".evaluate", ".experiments", ".report"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_options_that_are_named_exist(page):
     named = {code.split()[0].split("=")[0] for code in inline_code(page) if code.startswith("--")}
     if named:
         skip_without_harness()
     known = {option for module in (*HARNESS, "gcl_kernels.plan") for option in parser_of(module)._option_string_actions}
+    if title(page) == "open_clip.md":
+        params = importlib.import_module("open_clip_train.params")
+        known |= set(parser_made_by(params.parse_args, "open_clip_train", [])._option_string_actions)
     assert named <= known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_modules_that_are_named_exist(page):
     for code in inline_code(page):
         code = code.replace("gcl_kernels.reference", "reference")  # its name in a checkout
@@ -218,7 +231,45 @@ def test_modules_that_are_named_exist(page):
             assert found or importlib.util.find_spec(code), code
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_tables_of_the_findings_are_those_that_the_runs_wrote():
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs/results.md").read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    assert set(rows) <= set((ROOT / "docs/result_tables.md").read_text().splitlines())
+
+
+def test_the_runs_find_where_to_write_their_tables():
+    text = (ROOT / "docs/result_tables.md").read_text()
+    for section in ("", ": sigmoid"):
+        begin, end = f"\n<!-- experiments{section} -->\n", f"\n<!-- end experiments{section} -->\n"
+        assert text.count(begin) == text.count(end) == 1
+        assert 0 < text.index(begin) < text.index(end)
+
+
+@cache
+def messages():
+    """Every string of the library's source, with … in the place of what is put into it."""
+    found = []
+    for path in (ROOT / "gcl_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+            found += [text] if len(text) > 10 else []
+    return found
+
+
+HEADINGS = re.findall(
+    r"^### `([^`]*expected[^`]*|gcl_kernels [^`]*)`", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_messages_that_are_explained_are_those_of_the_library(heading):
+    words = re.sub(r"^[\w…]+: ", "", heading)  # without the argument, which may be one of several
+    pattern = ".*".join(re.escape(part) for part in words.split("…"))
+    assert any(re.search(pattern, message, re.DOTALL) for message in messages())

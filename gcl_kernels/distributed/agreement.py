@@ -198,6 +198,10 @@ def _exchange(group: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
 def first_column(rhs: Tensor, process_group: Any) -> int:
     """Where this rank's rows of rhs stand among all ranks' columns: what to add to labels that count its own.
 
+    Args:
+        rhs: (M, D), this rank's rows. Only their number is looked at.
+        process_group: a `torch.distributed.ProcessGroup`. Every rank must call.
+
     Raises:
         ValueError: on every rank, if another rank fails at this moment.
     """

@@ -36,8 +36,12 @@ Dense = Callable[[Tensor, Tensor, Tensor], Any]
 def value_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """[outputs..., gradient of each input] of `function()`, for one fixed random upstream gradient.
 
-    `function` returns a tensor or a sequence of tensors. Infinite outputs (the -inf of a line with nothing visible)
-    get no upstream gradient, as in any loss that uses the others.
+    Infinite outputs (the -inf of a line with nothing visible) get no upstream gradient, as in any loss that uses the others.
+
+    Args:
+        function: returns a tensor or a sequence of tensors.
+        inputs: leaf tensors that require gradients. One that is not used has the gradient 0.
+        seed: of the upstream gradient.
     """
     outputs = function()
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -51,7 +55,7 @@ def value_and_gradients(function: Callable[..., Any], inputs: Sequence[Tensor], 
 
 
 def in_float64(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The oracle: `value_and_gradients` of `function(*inputs)` for float64 copies of the inputs."""
+    """The oracle: `value_and_gradients` of `function(*inputs)` for float64 copies of `inputs`."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
     return value_and_gradients(lambda: function(*exact), exact)
 
@@ -61,8 +65,11 @@ def dense_forms(
 ) -> Iterator[list[Tensor]]:
     """`value_and_gradients` of `function(lhs, rhs, logit_scale)` as given, then of expressions equal to it.
 
-    The function must depend on its inputs by their logits alone, logit_scale * lhs @ rhs.T; with `similarities` it may depend on
-    lhs @ rhs.T as well.
+    Args:
+        function: a dense loss that depends on its inputs by their logits alone, logit_scale * lhs @ rhs.T.
+        inputs: lhs (N, D), rhs (M, D) and logit_scale, leaf tensors that require gradients.
+        count: how many expressions.
+        similarities: True: the function may depend on lhs @ rhs.T as well.
     """
     yield value_and_gradients(lambda: function(*inputs), inputs)
     for seed in range(1, count):
@@ -89,6 +96,12 @@ def floor(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, rhs_bias: Tensor | None
     That is four roundings of the largest logit (the product, the scale, the base, the difference to a reference) where one
     line decides the result, and 1 / sqrt(L) of that where L lines do, since what is luck in each of them averages out.
     Tiles are float32 for half precision too.
+
+    Args:
+        lhs: (N, D).
+        rhs: (M, D).
+        logit_scale: of one element.
+        rhs_bias: (M,) or None.
     """
     exact = lhs.dtype == torch.float64
     with torch.no_grad():
@@ -99,7 +112,7 @@ def floor(lhs: Tensor, rhs: Tensor, logit_scale: Tensor, rhs_bias: Tensor | None
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """|actual - oracle| / |oracle| in the Euclidean norm; equal infinities count as no error; NaN where NaN differs."""
+    """|`actual` - `oracle`| / |`oracle`| in the Euclidean norm; equal infinities count as no error; NaN where NaN differs."""
     actual, oracle = actual.detach().to("cpu", torch.float64), oracle.detach().to("cpu", torch.float64)
     same = actual == oracle
     difference = torch.where(same, 0.0, actual - oracle)

@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of `check_loss`. `passed` where every row is."""
+    """The `rows` of `check_loss`. `passed` where every row is."""
 
     rows: tuple[Row, ...]
 

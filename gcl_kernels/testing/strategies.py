@@ -20,7 +20,14 @@ EDGE_DIMS = (1, 2, 7, 8, 16, 17, 33, 64, 100)
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Tensors of one problem; `options` are the keyword arguments of `pairwise_logsumexp`."""
+    """Tensors of one problem.
+
+    Attributes:
+        lhs: (N, D), a leaf that requires a gradient.
+        rhs: (M, D), likewise.
+        logit_scale: 0-d, likewise.
+        options: the keyword arguments of `pairwise_logsumexp`.
+    """
 
     lhs: Tensor
     rhs: Tensor
@@ -36,15 +43,27 @@ class Batch:
 class Problem:
     """A drawn problem: everything that decides its tensors. `build` makes them.
 
-    `geometry`: `"random"` unit vectors; `"paired"`: positives at a cosine near 0.9, as in a trained model;
-    `"clustered"`: many near ties; `"wide"`: not normalised, logits up to about 200 in size.
+    Attributes:
+        n: rows of lhs.
+        m: rows of rhs.
+        d: width of both.
+        positives: P of labels (N, P); 0: labels (N,); None: the default diagonal.
+        id_channels: K of ids (N, K); 0: no ids.
+        distinct_ids: how many ids there are.
+        logit_scale: 1 / temperature.
+        geometry: `"random"` unit vectors; `"paired"`: positives at a cosine near 0.9, as in a trained model; `"clustered"`: many
+            near ties; `"wide"`: not normalised, logits up to about 200 in size.
+        strided: True: rows apart in a larger buffer, with NaN between them.
+        seed: of all numbers.
+        limits: True: with `lhs_limit` and `rhs_limit`.
+        bias: True: with `rhs_bias`.
     """
 
     n: int
     m: int
     d: int
-    positives: int | None  # P of labels (N, P); 0: labels (N,); None: the default diagonal
-    id_channels: int  # 0: no ids
+    positives: int | None
+    id_channels: int
     distinct_ids: int
     logit_scale: float
     geometry: str
@@ -54,10 +73,14 @@ class Problem:
     bias: bool = False
 
     def generator(self) -> torch.Generator:
+        """A new one, of the problem's seed."""
         return torch.Generator().manual_seed(self.seed)
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Batch:
-        """Fresh leaf tensors that require gradients. Values are rounded to `dtype` once, so every dtype above it agrees."""
+        """Fresh leaf tensors on `device` that require gradients.
+
+        Values are rounded to `dtype` once, so every dtype above it agrees.
+        """
         g = self.generator()
         lhs, rhs = (torch.randn(k, self.d, generator=g, dtype=torch.float64) for k in (self.n, self.m))
         if self.geometry == "clustered":
@@ -126,8 +149,18 @@ def problems(
     geometries: Sequence[str] = ("random", "paired", "clustered", "wide"),
     scales: Sequence[float] = (0.0, 1.0, 14.3, 100.0, -10.0),
 ) -> Problem:
-    """Problems over shapes, labels, ids, limits and biases (`terms`), scales, geometries and strides; restrict any of them by
-    its argument."""
+    """Problems over shapes, labels, ids, limits, biases, scales, geometries and strides; restrict any of them by its argument.
+
+    Args:
+        draw: Hypothesis passes it.
+        sizes: N and M are among these.
+        dims: D is among these.
+        labels: False: the default diagonal alone.
+        ids: False: no ids.
+        terms: True: limits and biases of columns, too.
+        geometries: as `Problem.geometry`.
+        scales: logit scales; `"wide"` takes those of at most 15 in size.
+    """
     n, m = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))
     positives = draw(st.sampled_from((None, 0, 1, 3))) if labels else None
     if positives is None:
@@ -154,8 +187,17 @@ class FieldProblem:
     """A drawn call of `aggregate_fields`. `build` makes its tensors.
 
     Some rows have a field that is the zero vector, one has fields that cancel, and where there is a mask some have no field.
-    `layout`: `"rows"` contiguous, `"apart"` rows apart in a larger buffer, `"transposed"` a column-major buffer; what
-    lies between and around the numbers is NaN.
+
+    Attributes:
+        n: rows.
+        d: width of each field.
+        n_fields: how many fields.
+        masked: True: with a mask.
+        normalize_fields: as in `aggregate_fields`.
+        normalize: as in `aggregate_fields`.
+        layout: `"rows"` contiguous, `"apart"` rows apart in a larger buffer, `"transposed"` a column-major buffer; what lies
+            between and around the numbers is NaN.
+        seed: of all numbers.
     """
 
     n: int
@@ -168,7 +210,8 @@ class FieldProblem:
     seed: int
 
     def build(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
-        """(fields, keyword arguments): fresh leaf tensors (N, D) that require gradients; weights, mask and both switches."""
+        """(fields, keyword arguments): fresh leaf tensors (N, D) of `dtype` on `device` that require gradients; weights, mask and
+        both switches."""
         g = torch.Generator().manual_seed(self.seed)
         values = torch.randn(self.n_fields, self.n, self.d, generator=g, dtype=torch.float64)
         values *= torch.rand(self.n_fields, self.n, 1, generator=g, dtype=torch.float64).mul(6).sub(3).exp()
@@ -203,6 +246,13 @@ class FieldProblem:
 def field_problems(
     draw: st.DrawFn, sizes: Sequence[int] = (1, 2, 5, 17, 33), dims: Sequence[int] = (2, 7, 16, 33, 64, 100, 300)
 ) -> FieldProblem:
+    """Problems over shapes, masks, switches and layouts.
+
+    Args:
+        draw: Hypothesis passes it.
+        sizes: N is among these.
+        dims: D is among these.
+    """
     return FieldProblem(
         n=draw(st.sampled_from(sizes)),
         d=draw(st.sampled_from(dims)),
@@ -219,8 +269,14 @@ def field_problems(
 class PartsProblem:
     """A drawn call of `multi_part_loss`. `build` makes its tensors.
 
-    `rows`: N of each part. `kinds` of each part, as letters: weights, labels (N,), L: labels (N, 2), ids, fields, present (what
-    absent rows hold is NaN). `fields`: whether documents are fields with gaps.
+    Attributes:
+        rows: N of each part.
+        m: documents.
+        d: width.
+        kinds: of each part, as letters: weights, labels (N,), L: labels (N, 2), ids, fields, present (what absent rows hold is
+            NaN).
+        fields: whether documents are fields with gaps.
+        seed: of all numbers.
     """
 
     rows: tuple[int, ...]
@@ -233,7 +289,7 @@ class PartsProblem:
     def build(
         self, dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> tuple[dict[str, Part], Any, dict[str, Any]]:
-        """(parts, rhs, keyword arguments); embeddings are fresh leaf tensors that require gradients."""
+        """(parts, rhs, keyword arguments); embeddings are fresh leaf tensors of `dtype` on `device` that require gradients."""
         g = torch.Generator().manual_seed(self.seed)
 
         def embeddings(n: int, absent: Tensor | None = None) -> Tensor:
@@ -275,7 +331,14 @@ class PartsProblem:
 def parts_problems(
     draw: st.DrawFn, sizes: Sequence[int] = (1, 2, 5, 17, 33), dims: Sequence[int] = (2, 7, 16), alike: bool = False
 ) -> PartsProblem:
-    """`alike`: all parts have one N."""
+    """Problems of one to four parts.
+
+    Args:
+        draw: Hypothesis passes it.
+        sizes: the parts' N are among these.
+        dims: D is among these.
+        alike: True: all parts have one N.
+    """
     rows = draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=4))
     rows = rows[:1] * len(rows) if alike else rows
     letters = st.sets(st.sampled_from("wlLifp")).map(lambda x: "".join(sorted(x)))

@@ -86,7 +86,15 @@ class DistillClipLoss(ClipLoss):
     The inner sum is attention, of the teacher's queries and keys over the student's values. PyTorch's fused attention computes
     it without the N x N softmax where it has a kernel for the width and dtype (on CUDA up to 256 of either model's width), and
     with it elsewhere.
-    The teacher's features and scale are constants: they get no gradient. Constructor and process group as `ClipLoss`'s.
+    The teacher's features and scale are constants: they get no gradient.
+
+    Args:
+        local_loss: as in `ClipLoss`, like everything below.
+        gather_with_grad: as in `ClipLoss`.
+        cache_labels: as in `ClipLoss`.
+        rank: as in `ClipLoss`.
+        world_size: as in `ClipLoss`.
+        use_horovod: as in `ClipLoss`.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as in open_clip

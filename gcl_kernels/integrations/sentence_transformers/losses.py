@@ -162,17 +162,17 @@ class GCLLoss(MultipleNegativesRankingLoss):
         return 1.0 / (scale.item() if isinstance(scale, Tensor) else scale)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """0-d; `labels` are the scores, (N,), or None."""
+        """0-d loss of `sentence_features`, one entry a column; `labels` are the scores, (N,), or None."""
         sentence_features = list(sentence_features)
         with self.knowing_texts(sentence_features):
             return super().forward(sentence_features, labels)  # pyright: ignore[reportArgumentType]
 
     def knowing_texts(self, sentence_features: list[dict[str, Tensor]]) -> _Texts:
-        """A context in which embeddings are those of these texts."""
+        """A context in which embeddings are those of the texts of `sentence_features`."""
         return _Texts(self, sentence_features)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """0-d; embeddings (N, D) of queries, positives and columns of mined negatives; `labels` (N,) scores, or None."""
+        """0-d; `embeddings` (N, D) of queries, positives and columns of mined negatives; `labels` (N,) scores, or None."""
         if len(embeddings) < 2:
             raise ValueError(f"embeddings: expected those of two columns or more, got {len(embeddings)}")
         group = resolve_group("world") if self.gather_across_devices else None
@@ -313,7 +313,7 @@ class CachedGCLLoss(CachedMultipleNegativesRankingLoss):
         return self.loss.temperature
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """0-d; `labels` are the scores, (N,), or None."""
+        """0-d loss of `sentence_features`, one entry a column; `labels` are the scores, (N,), or None."""
         sentence_features = list(sentence_features)
         if len(sentence_features) < 2:
             raise ValueError(f"sentence_features: expected those of two columns or more, got {len(sentence_features)}")
@@ -333,7 +333,10 @@ class CachedGCLLoss(CachedMultipleNegativesRankingLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """0-d loss of embeddings in mini-batches; `with_backward` their gradients are computed, and its graph is the scale's."""
+        """0-d loss of embeddings `reps` and scores `labels`.
+
+        `with_backward` the embeddings' gradients are computed, and its graph is the scale's.
+        """
         if not with_backward:
             return self.loss.compute_loss_from_embeddings([torch.cat(r) for r in reps], labels)
         scale = self.loss.log_scale
