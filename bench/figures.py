@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ PLAIN_NAMES = {"ours": "gcl_kernels", "open_clip": "open_clip"}
 FLOOR = "6 N²D at the run's GEMM rate (model)"  # the least of an exact loss, with every exponential kept
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path, panels: Sequence[Callable[..., bool]] | None = None) -> None:
+    """Those of `panels` (by default all) for which the result has cells."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,7 +32,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     cells = [c for c in result["cells"] if c["seconds"]]
     panels = [
         panel
-        for panel in (time_over_n, memory_over_n, small_batches, over_d, over_fields, variants)
+        for panel in panels or (time_over_n, memory_over_n, small_batches, over_d, over_fields, variants)
         if panel(cells, None)
     ]
     if not panels:
@@ -51,6 +53,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def draw_short(result: dict[str, Any], path: Path) -> None:
+    """Memory and time over N alone, ours beside open_clip's: the figure of the project's README."""
+    shown = [c for c in scaling(result["cells"]) if c["peer"] in PLAIN_NAMES]
+    draw({**result, "cells": shown}, path, (memory_over_n, partial(time_over_n, with_floor=False)))
 
 
 def lines_by_series(cells: Sequence[Cell], value, axis) -> list[Cell]:
@@ -94,10 +102,11 @@ def batch_axis(axis, ns: Sequence[int]) -> None:
     axis.set_xlabel("batch size N")
 
 
-def time_over_n(cells, axis) -> bool:
+def time_over_n(cells, axis, with_floor: bool = True) -> bool:
     if axis is not None:
         drawn = lines_by_series(cells, median, axis)
-        floor(scaling(cells), "n", axis)
+        if with_floor:
+            floor(scaling(cells), "n", axis)
         batch_axis(axis, [c["n"] for c in drawn])
         axis.set(yscale="log", ylabel="seconds", title="Forward and backward")
         axis.legend(frameon=False, fontsize=7)
@@ -115,7 +124,7 @@ def memory_over_n(cells, axis) -> bool:
         fall = falls_after(scaling(cells))
         title = "Extra peak memory over inputs and gradients"
         if fall is not None:
-            title += f"\nours falls above N = {fall:,}: the workspace no longer holds enough exponentials to store any"
+            title += f"\nours falls above N = {fall:,}: the workspace no longer holds\nenough exponentials to be worth storing"
         axis.set(yscale="log", ylabel="MiB")
         axis.set_title(title, fontsize=9)
         axis.legend(frameon=False, fontsize=7)

@@ -43,8 +43,8 @@ def skip_without_harness():
     import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import it otherwise
 
 
-def readme_names():
-    """What the README's examples take as given."""
+def example_names():
+    """What examples of the losses take as given."""
     generator = torch.Generator().manual_seed(0)
     sides = ("image_features", "text_features", "query", "title", "image")
     names = {name: F.normalize(torch.randn(6, 8, generator=generator), dim=1) for name in sides}
@@ -76,7 +76,7 @@ def namespaces(tmp_path_factory):
     """The names of each page: a block sees what the blocks before it have made."""
     group = f"file://{tmp_path_factory.mktemp('group')}/rendezvous"
     distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)  # "Many GPUs" runs as one process
-    yield {page.name: {} for page in PAGES} | {"README.md": readme_names()}
+    yield {page.name: example_names() for page in PAGES}
     distributed.destroy_process_group()
 
 
@@ -99,7 +99,7 @@ def test_the_readme_s_first_two_examples_give_the_same_loss():
     skip_without_harness()
     losses = []
     for block in list(blocks("python"))[:2]:
-        names = readme_names()
+        names = example_names()
         exec(block.values[2], names)
         losses.append(names["loss"])
     torch.testing.assert_close(*losses)
@@ -222,3 +222,7 @@ def test_modules_that_are_named_exist(page):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
