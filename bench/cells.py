@@ -76,7 +76,8 @@ def noisy(cell: Cell) -> bool:
 
 def where(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    chip = machine.get("gpu") or f"{machine['threads']} threads of {machine['cpu']} ({machine['capability']})"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    chip = machine.get("gpu") or f"{threads} of {machine['cpu']} ({machine['capability']})"
     return f"{chip}, torch {machine['torch']}"
 
 
@@ -132,7 +133,10 @@ def drop_in(loss: str) -> str:
     return {"softmax": "ClipLoss", "sigmoid": "SigLipLoss"}[loss]
 
 
+WORTH_STORING = 64  # MiB: less varies from run to run
+
+
 def falls_after(cells: Iterable[Cell]) -> int | None:
     """The N of a curve after which our extra memory falls though N grows: nothing is stored for the backward any more."""
-    ours = [c for c in cells if c["peer"] == "ours" and c.get("extra_mib")]
-    return next((a["n"] for a, b in itertools.pairwise(ours) if b["extra_mib"] < a["extra_mib"] / 2), None)
+    ours = [(c["n"], c["extra_mib"]) for c in cells if c["peer"] == "ours" and c.get("extra_mib")]
+    return next((n for (n, a), (_, b) in itertools.pairwise(ours) if a >= WORTH_STORING and b < a / 2), None)

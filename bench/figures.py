@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ PLAIN_NAMES = {"ours": "gcl_kernels", "open_clip": "open_clip"}
 FLOOR = "6 N²D at the run's GEMM rate (model)"  # the least of an exact loss, with every exponential kept
 
 
-def draw(result: dict[str, Any], path: Path, panels: Sequence[Callable[..., bool]] | None = None) -> None:
-    """Those of `panels` (by default all) for which the result has cells."""
+def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +30,7 @@ def draw(result: dict[str, Any], path: Path, panels: Sequence[Callable[..., bool
     cells = [c for c in result["cells"] if c["seconds"]]
     panels = [
         panel
-        for panel in panels or (time_over_n, memory_over_n, small_batches, over_d, over_fields, variants)
+        for panel in (time_over_n, memory_over_n, small_batches, over_d, over_fields, variants)
         if panel(cells, None)
     ]
     if not panels:
@@ -55,10 +53,34 @@ def draw(result: dict[str, Any], path: Path, panels: Sequence[Callable[..., bool
     plt.close(figure)
 
 
-def draw_short(result: dict[str, Any], path: Path) -> None:
-    """Memory and time over N alone, ours beside open_clip's: the figure of the project's README."""
-    shown = [c for c in scaling(result["cells"]) if c["peer"] in PLAIN_NAMES]
-    draw({**result, "cells": shown}, path, (memory_over_n, partial(time_over_n, with_floor=False)))
+def draw_summary(result: dict[str, Any], path: Path) -> None:
+    """Memory and time over N, ours and open_clip's: one line each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = [c for c in scaling([c for c in result["cells"] if c["seconds"]]) if c["peer"] in PLAIN_NAMES]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    for axis, value, title, unit in (
+        (axes[0], extra, "Extra memory of a step", "MiB"),
+        (axes[1], median, "Time of a step, forward and backward", "seconds"),
+    ):
+        drawn = [c for c in cells if value(c)]
+        lines_by_peer(drawn, "n", value, axis)
+        batch_axis(axis, [c["n"] for c in drawn])
+        axis.set(yscale="log", ylabel=unit)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def extra(cell: Cell) -> float | None:
+    """MiB; less than 1 is what the allocator happens to do."""
+    mib = cell.get("extra_mib")
+    return mib if mib is not None and mib >= 1 else None
 
 
 def lines_by_series(cells: Sequence[Cell], value, axis) -> list[Cell]:
@@ -102,11 +124,10 @@ def batch_axis(axis, ns: Sequence[int]) -> None:
     axis.set_xlabel("batch size N")
 
 
-def time_over_n(cells, axis, with_floor: bool = True) -> bool:
+def time_over_n(cells, axis) -> bool:
     if axis is not None:
         drawn = lines_by_series(cells, median, axis)
-        if with_floor:
-            floor(scaling(cells), "n", axis)
+        floor(scaling(cells), "n", axis)
         batch_axis(axis, [c["n"] for c in drawn])
         axis.set(yscale="log", ylabel="seconds", title="Forward and backward")
         axis.legend(frameon=False, fontsize=7)
@@ -114,17 +135,13 @@ def time_over_n(cells, axis, with_floor: bool = True) -> bool:
 
 
 def memory_over_n(cells, axis) -> bool:
-    def extra(cell: Cell) -> float | None:
-        mib = cell.get("extra_mib")
-        return mib if mib is not None and mib >= 1 else None
-
     if axis is not None:
         drawn = lines_by_series(cells, extra, axis)
         batch_axis(axis, [c["n"] for c in drawn])
         fall = falls_after(scaling(cells))
         title = "Extra peak memory over inputs and gradients"
         if fall is not None:
-            title += f"\nours falls above N = {fall:,}: the workspace no longer holds\nenough exponentials to be worth storing"
+            title += f"\nours falls above N = {fall:,}: the workspace no longer holds enough exponentials to store any"
         axis.set(yscale="log", ylabel="MiB")
         axis.set_title(title, fontsize=9)
         axis.legend(frameon=False, fontsize=7)

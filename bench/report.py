@@ -31,7 +31,7 @@ from bench.cells import (
     spread,
     where,
 )
-from bench.figures import draw, draw_short
+from bench.figures import draw, draw_summary
 from gcl_kernels import plan
 
 DENSE_MATRICES = 4  # of N x N float32 numbers at the peak of a dense loss, as measured
@@ -40,7 +40,7 @@ BENCH_README = Path(__file__).parent / "README.md"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- figures: bench.report -->", "<!-- end figures -->"
 CURVES = "cpu-curves.json"  # what the project's README shows
-SHORT = "cpu-curves-short.png"  # and its figure
+SUMMARY = RESULTS / "cpu-summary.png"  # README's
 
 
 # Tables.
@@ -184,19 +184,33 @@ def short_table(result: dict[str, Any]) -> str:
     base = scaling(result["cells"])
     ours, dense = ({c["n"]: c for c in base if c["peer"] == peer and c["seconds"]} for peer in ("ours", "open_clip"))
     both = max(set(ours) & set(dense))
-    most, case = max(ours), case_of(ours[both])
-    extra = lambda cell: plan.amount(cell["extra_mib"] * 2**20) if cell.get("extra_mib") is not None else "not measured"  # noqa: E731
-    slower = [f"{n:,}" for n, c in ours.items() if (c.get("over") or {}).get("open_clip", 1) < 1]
+    most, case, fall = max(ours), case_of(ours[both]), falls_after(base)
+
+    def extra(cell: Cell) -> str:
+        return plan.amount(cell["extra_mib"] * 2**20) if cell.get("extra_mib") is not None else "not measured"
+
     lines = [
         f"| {drop_in(case.loss)}, {case.dtype}, D = {case.d}, forward and backward | gcl_kernels | open_clip |", "|---|---|---|",
         f"| extra memory at N = {both:,} | {extra(ours[both])} | {extra(dense[both])} |",
         f"| time at N = {both:,} | {plan.duration(median(ours[both]))} | {plan.duration(median(dense[both]))} |",
         f"| extra memory at N = {most:,} | {extra(ours[most])} | {plan.amount(DENSE_MATRICES * 4 * most**2)}, calculated |",
+        "",
     ]  # fmt: skip
-    loser = f" open_clip is faster at N = {', '.join(slower)}." if slower else ""
-    return "\n".join(
-        [*lines, "", f"Measured on {result['date']}: {where(result)}.{loser} [More](bench/README.md#cpu-curves)."]
-    )
+    said = [f"Measured on {result['date']}: {where(result)}. *Extra* is the peak beyond inputs and their gradients."]
+    if fall is not None:
+        said.append(
+            f"Up to N = {fall:,} ours keeps intermediate results in a workspace of at most 256 MiB, which saves time; above, too "
+            "few would fit, and it computes all of them twice."
+        )
+    faster: dict[int, list[str]] = {}  # {N up to which open_clip is: [losses]}
+    for (loss, dtype), cells in series(result["cells"]).items():
+        lost = [c["n"] for c in cells if c["peer"] == "ours" and (c.get("over") or {}).get("open_clip", 1) < 1]
+        if lost:
+            faster.setdefault(max(lost), []).append(f"{drop_in(loss)} in {dtype}")
+    if faster:
+        cases = (f"{n:,} ({', '.join(names)})" for n, names in faster.items())
+        said.append(f"open_clip is faster up to N = {', '.join(cases)}.")
+    return "\n".join([*lines, " ".join([*said, "[All curves](bench/README.md#cpu-curves)."])])
 
 
 def with_figures(readme: str, result: dict[str, Any]) -> str:
@@ -213,7 +227,7 @@ def main() -> None:
         draw(result, (RESULTS / name).with_suffix(".png"))
     BENCH_README.write_text(bench_readme(results))
     if CURVES in results:
-        draw_short(results[CURVES], RESULTS / SHORT)
+        draw_summary(results[CURVES], SUMMARY)
         README.write_text(with_figures(README.read_text(), results[CURVES]))
     print(f"tables: {BENCH_README}, figures: {RESULTS}/*.png")
 
