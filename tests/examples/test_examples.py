@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -86,7 +87,8 @@ def test_sentence_transformers_gcl():
 def test_every_script_is_tested_listed_and_says_how_to_run_it():
     tested, listed = Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
     for script in sorted(EXAMPLES.glob("*.py")):
-        text = script.read_text()
-        assert re.match(r'"""\S.*\n\n(.+\n)*.*' + re.escape(f"examples/{script.name}"), text), script.name
+        assert f"examples/{script.name}" in ast.get_docstring(ast.parse(script.read_text())), script.name
         assert script.name in tested or list((ROOT / "tests").glob(f"**/test_*{script.stem}*.py")), script.name
         assert f"({script.name})" in listed, script.name
+    for target in re.findall(r"\]\(([^)]+)\)", listed):
+        assert (EXAMPLES / target).exists(), target
