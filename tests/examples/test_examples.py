@@ -84,11 +84,10 @@ def test_sentence_transformers_gcl():
     assert said.count("crimson sneaker") == 3  # the query's own offers
 
 
-def test_every_script_is_tested_listed_and_says_how_to_run_it():
-    tested, listed = Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
+def test_every_script_is_listed_and_says_how_to_run_it():
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for script in sorted(EXAMPLES.glob("*.py")):
         assert f"examples/{script.name}" in ast.get_docstring(ast.parse(script.read_text())), script.name
-        assert script.name in tested or list((ROOT / "tests").glob(f"**/test_*{script.stem}*.py")), script.name
         assert f"({script.name})" in listed, script.name
     for target in re.findall(r"\]\(([^)]+)\)", listed):
         assert (EXAMPLES / target).exists(), target
