@@ -1,7 +1,7 @@
 """Tables and figures from result files: `python -m bench.report`.
 
 Reads every `bench/results/*.json` that `python -m bench` wrote, draws a figure beside each, and writes `bench/README.md`
-and the figures of the project's README. Nothing in them is typed by hand.
+and what the project's README shows: a figure and a few numbers. Nothing in them is typed by hand.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bench.cells import (
     noisy,
     rate,
     read,
+    scaling,
     series,
     spread,
     where,
@@ -33,6 +34,7 @@ from bench.cells import (
 from bench.figures import draw, draw_summary
 from gcl_kernels import plan
 
+DENSE_MATRICES = 4  # of N x N float32 numbers at the peak of a dense loss, as measured
 RESULTS = Path(__file__).parent / "results"
 BENCH_README = Path(__file__).parent / "README.md"
 README = Path(__file__).parents[1] / "README.md"
@@ -113,6 +115,8 @@ def bench_readme(results: dict[str, dict[str, Any]]) -> str:
             "",
             *[f"![{stem}](results/{stem}.png)", ""] * (RESULTS / f"{stem}.png").exists(),
         ]
+        if name == CURVES:
+            lines += [curve_table(result), ""]
         for case, cells in grouped(result["cells"]).items():
             lines.append(table(cells, case.title))
     return "\n".join(lines)
@@ -126,14 +130,13 @@ def work(case: Case) -> float:
     return 8 - 2 * plan.stored_tiles(problem) / plan.tile_count(problem)
 
 
-def readme_table(result: dict[str, Any]) -> str:
+def curve_table(result: dict[str, Any]) -> str:
     curves = series(result["cells"])
     base = next(iter(curves.values()))
     case = case_of(base[0])
     lines = [
-        f"{about(result)} D = {case.d}, {case.draw} embeddings, logit_scale {case.logit_scale:g} (10 for `SigLipLoss`), forward "
-        "and backward, median times; both losses and a matrix product take turns in one process "
-        f"([{CURVES}](bench/results/{CURVES}), more in [bench](bench/README.md)).",
+        f"D = {case.d}, {case.draw} embeddings, logit_scale {case.logit_scale:g} (10 for `SigLipLoss`), forward and backward, "
+        "median times; both losses and a matrix product take turns in one process.",
         "",
         "| loss | N | ours | open_clip | faster | work | of the GEMM rate | extra memory, ours | open_clip |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -176,11 +179,45 @@ def readme_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short_table(result: dict[str, Any]) -> str:
+    """Three numbers beside open_clip's: memory and time at the largest N that both ran, and memory at our largest."""
+    base = scaling(result["cells"])
+    ours, dense = ({c["n"]: c for c in base if c["peer"] == peer and c["seconds"]} for peer in ("ours", "open_clip"))
+    both = max(set(ours) & set(dense))
+    most, case, fall = max(ours), case_of(ours[both]), falls_after(base)
+
+    def extra(cell: Cell) -> str:
+        return plan.amount(cell["extra_mib"] * 2**20) if cell.get("extra_mib") is not None else "not measured"
+
+    lines = [
+        f"| {drop_in(case.loss)}, {case.dtype}, D = {case.d}, forward and backward | gcl_kernels | open_clip |", "|---|---|---|",
+        f"| extra memory at N = {both:,} | {extra(ours[both])} | {extra(dense[both])} |",
+        f"| time at N = {both:,} | {plan.duration(median(ours[both]))} | {plan.duration(median(dense[both]))} |",
+        f"| extra memory at N = {most:,} | {extra(ours[most])} | {plan.amount(DENSE_MATRICES * 4 * most**2)}, calculated |",
+        "",
+    ]  # fmt: skip
+    said = [f"Measured on {result['date']}: {where(result)}. *Extra* is the peak beyond inputs and their gradients."]
+    if fall is not None:
+        said.append(
+            f"Up to N = {fall:,} ours keeps intermediate results in a workspace of at most 256 MiB, which saves time; above, too "
+            "few would fit, and it computes all of them twice."
+        )
+    faster: dict[int, list[str]] = {}  # {N up to which open_clip is: [losses]}
+    for (loss, dtype), cells in series(result["cells"]).items():
+        lost = [c["n"] for c in cells if c["peer"] == "ours" and (c.get("over") or {}).get("open_clip", 1) < 1]
+        if lost:
+            faster.setdefault(max(lost), []).append(f"{drop_in(loss)} in {dtype}")
+    if faster:
+        cases = (f"{n:,} ({', '.join(names)})" for n, names in faster.items())
+        said.append(f"open_clip is faster up to N = {', '.join(cases)}.")
+    return "\n".join([*lines, " ".join([*said, "[All curves](bench/README.md#cpu-curves)."])])
+
+
 def with_figures(readme: str, result: dict[str, Any]) -> str:
-    """The project's README with the table of this result."""
+    """The project's README with the numbers of this result."""
     before, begin, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}" if begin else readme
+    return f"{before}{BEGIN}\n{short_table(result)}\n{END}{after}" if begin else readme
 
 
 def main() -> None:

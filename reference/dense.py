@@ -1,4 +1,4 @@
-"""Dense reference of the loss (all N x M logits in memory). Symbols as in the README: s, t, w, row, col, l."""
+"""Dense reference of the loss (all N x M logits in memory). Symbols as in `gcl_kernels.gcl_loss`: s, t, w, row, col, l."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def skip_without_harness():
     import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import it otherwise
 
 
-def readme_names():
-    """What the README's examples take as given."""
+def example_names():
+    """What examples of the losses take as given."""
     generator = torch.Generator().manual_seed(0)
     sides = ("image_features", "text_features", "query", "title", "image")
     names = {name: F.normalize(torch.randn(6, 8, generator=generator), dim=1) for name in sides}
@@ -82,7 +82,7 @@ def namespaces(tmp_path_factory):
     """The names of each page: a block sees what the blocks before it have made."""
     group = f"file://{tmp_path_factory.mktemp('group')}/rendezvous"
     distributed.init_process_group("gloo", init_method=group, rank=0, world_size=1)  # "Many GPUs" runs as one process
-    yield {title(page): {} for page in PAGES} | {"README.md": readme_names()}
+    yield {title(page): example_names() for page in PAGES}
     distributed.destroy_process_group()
 
 
@@ -105,7 +105,7 @@ def test_the_readme_s_first_two_examples_give_the_same_loss():
     skip_without_harness()
     losses = []
     for block in list(blocks("python"))[:2]:
-        names = readme_names()
+        names = example_names()
         exec(block.values[2], names)
         losses.append(names["loss"])
     torch.testing.assert_close(*losses)
@@ -273,3 +273,7 @@ def test_messages_that_are_explained_are_those_of_the_library(heading):
     words = re.sub(r"^[\w…]+: ", "", heading)  # without the argument, which may be one of several
     pattern = ".*".join(re.escape(part) for part in words.split("…"))
     assert any(re.search(pattern, message, re.DOTALL) for message in messages())
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100

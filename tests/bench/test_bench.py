@@ -280,9 +280,8 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     result = {"cells": cells, "date": "2026-01-01", "machine": machine, "versions": {"ours": "1", "liger": None}}
     report.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert (
-        "| ClipLoss, fp32 | 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |"
-        in report.readme_table(result)
+    assert "| ClipLoss, fp32 | 512 | 51.2 s | 51.2 s | 2.00x | 6.0 N²D | 90% | 10 MiB | 10 MiB |" in report.curve_table(
+        result
     )
     one = tmp_path / "one.png"
     report.draw(result | {"cells": cells[:1]}, one)
@@ -293,7 +292,7 @@ def test_a_figure_and_tables_come_from_a_result_file(tmp_path):
     assert "| gcl_kernels | 51.2 s | 51.2 s | 3 | +0% +0% | 1 | 90% |  | 10 MiB | 1.0e-07 |  |  |  |" in text
     # A step that was measured once has neither a spread nor a rate.
     assert "| gcl_kernels | 200 s | 200 s | 1 |  | 1 |  |  | 10 MiB | 1.0e-07 |  |  |  |" in text
-    assert "| ClipLoss, fp32 | 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.readme_table(result)
+    assert "| ClipLoss, fp32 | 1,024 | 200 s | not run |  | 6.0 N²D |  | 10 MiB |  |" in report.curve_table(result)
     assert report.read(tmp_path / "absent.json") == {"cells": []}
 
 
@@ -311,10 +310,20 @@ def test_the_curves_have_rows_of_every_loss_dtype_and_option(tmp_path):
     assert list(curves) == [("softmax", "fp32"), ("softmax", "bf16"), ("sigmoid", "fp32"), ("sigmoid", "bf16")]
     assert [len({c["n"] for c in of_curve}) for of_curve in curves.values()] == [11, 4, 4, 4]
     assert {c["option"] for c in cells} == set(cases.OPTIONS)
-    table = report.readme_table(result)
+    table = report.curve_table(result)
     assert "| SigLipLoss, bf16 | 1,024 | 154 ms | 154 ms | 2.00x (noisy) | 6.0 N²D |" in table
     assert "Our extra memory falls above N = 16,384: the workspace budget" in table
     assert "open_clip is faster for ClipLoss in fp32 at N = 64, ClipLoss in bf16 at N = 64" in table
+    short = report.short_table(result).splitlines()  # at N = 16,384 both have run, at 65,536 ours alone
+    assert short[2:5] == [
+        "| extra memory at N = 16,384 | 256 MiB | 256 MiB |",
+        "| time at N = 16,384 | 2.46 s | 2.46 s |",
+        "| extra memory at N = 65,536 | 5 MiB | 64.0 GiB, calculated |",
+    ]
+    assert "Up to N = 16,384 ours keeps intermediate results" in short[-1]
+    assert "open_clip is faster up to N = 64 (ClipLoss in fp32, ClipLoss in bf16, SigLipLoss in fp32, " in short[-1]
+    report.draw_summary(result, tmp_path / "short.png")
+    assert (tmp_path / "short.png").stat().st_size > 10_000
     assert "| open_clip.SigLipLoss | 6.4 ms | 9.6 ms | 2 | -33% +33% (noisy) |" in report.bench_readme(
         {"run.json": result}
     )
