@@ -59,6 +59,11 @@ def digest_of_documents(documents: Mapping[str, Mapping[str, str]]) -> str:
     return digest([identity, *documents[identity].items()] for identity in sorted(documents))
 
 
+def short_id(identity: str) -> str:
+    """Sixteen hexadecimal digits in the place of an id made of all cells of a document."""
+    return digest([identity])[-16:]
+
+
 def model_parts(model: Any, tokenizer: Any, preprocess: Any, texts: Iterable[str]) -> Parts:
     """What makes an embedding of a text or an image: structure, weights, tokens and preprocessing."""
     structure = [

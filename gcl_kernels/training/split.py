@@ -151,7 +151,7 @@ class Writer:
                 if columns.query_id_key:
                     cells[columns.query_id_key] = taken.query_ids[row]
                 # All cells of a document after each other make a long id.
-                cells[self.document_id] = identity if columns.document_id_key else made_from.digest([identity])[-16:]
+                cells[self.document_id] = identity if columns.document_id_key else made_from.short_id(identity)
                 yield cells
 
     def relative(self, path: str) -> str:

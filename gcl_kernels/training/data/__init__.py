@@ -8,7 +8,7 @@ and `webdataset` find rows in them, `values` says what a value is whatever the f
 from gcl_kernels.training.data.documents import read_documents
 from gcl_kernels.training.data.faults import LINES_SHOWN, shown
 from gcl_kernels.training.data.headers import DOCUMENT_IDS, columns_in, first_of
-from gcl_kernels.training.data.images import MOST_PIXELS, ImageCheck, ImageError, image_fault, load_image
+from gcl_kernels.training.data.images import MOST_PIXELS, ImageCheck, ImageError, decode_image, image_fault, load_image
 from gcl_kernels.training.data.names import files_of
 from gcl_kernels.training.data.pairs import KEY_END, Columns, PairFile, Pairs, read_pairs
 
@@ -23,6 +23,7 @@ __all__ = [
     "PairFile",
     "Pairs",
     "columns_in",
+    "decode_image",
     "files_of",
     "first_of",
     "image_fault",
