@@ -243,7 +243,7 @@ class _Tower(nn.Module):
 def write_onnx(model: SearchModel, reference: Reference, folder: Path) -> list[str]:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         needs(package)
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     folder = folder / "onnx"
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ pip install "gcl_kernels[search]"
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def expect(kind: str) -> None:
         raise InputError(f"{kind}: expected the package {KINDS[kind]}, got none: pip install {KINDS[kind]}")
 
 
+def import_faiss() -> Any:
+    with warnings.catch_warnings():
+        # SWIG's types, on Python 3.12 and later
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import faiss  # pyright: ignore[reportMissingImports]
+    return faiss
+
+
 class Index:
     """An index of N vectors of unit length by inner product.
 
@@ -50,8 +59,7 @@ class Index:
         expect(kind)
         array = np.ascontiguousarray(vectors.numpy(), dtype=np.float32)
         if kind == "faiss":
-            import faiss  # pyright: ignore[reportMissingImports]
-
+            faiss = import_faiss()
             inner = faiss.METRIC_INNER_PRODUCT
             content: Any = faiss.IndexFlatIP(array.shape[1])
             if not flat:
@@ -59,7 +67,7 @@ class Index:
                 content.hnsw.efConstruction = BUILD_BREADTH
             content.add(array)
         else:
-            import hnswlib  # pyright: ignore[reportMissingImports]
+            import hnswlib  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
             content = hnswlib.Index(space="ip", dim=array.shape[1])
             content.init_index(len(array), ef_construction=BUILD_BREADTH, M=NEIGHBOURS, random_seed=0)
@@ -70,10 +78,8 @@ class Index:
     def load(cls, kind: str, path: Path, dimension: int) -> Index:
         expect(kind)
         if kind == "faiss":
-            import faiss  # pyright: ignore[reportMissingImports]
-
-            return cls(kind, faiss.read_index(str(path)))
-        import hnswlib  # pyright: ignore[reportMissingImports]
+            return cls(kind, import_faiss().read_index(str(path)))
+        import hnswlib  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
         content = hnswlib.Index(space="ip", dim=dimension)
         content.load_index(str(path))
@@ -81,9 +87,7 @@ class Index:
 
     def save(self, path: Path) -> None:
         if self.kind == "faiss":
-            import faiss  # pyright: ignore[reportMissingImports]
-
-            faiss.write_index(self.content, str(path))
+            import_faiss().write_index(self.content, str(path))
         else:
             self.content.save_index(str(path))
 

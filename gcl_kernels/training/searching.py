@@ -139,9 +139,7 @@ class Searcher:
         It is read from the folder if it was made of the same vectors. Returns its recall at k, see `recall`, of `SAMPLE`
         documents as queries; a line says it.
         """
-        parts = {
-            "vectors": made_from.digest(memoryview(part.numpy()).tobytes() for part in self.vectors.split(AT_ONCE))
-        }
+        parts = {"vectors": made_from.digest(part.numpy().tobytes() for part in self.vectors.split(AT_ONCE))}
         path = Path(folder) / f"index.{kind}" if folder is not None else None
         if path is not None and path.exists() and made_from.recorded(path) == parts:
             self.index = Index.load(kind, path, self.vectors.shape[1])

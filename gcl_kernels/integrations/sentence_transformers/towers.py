@@ -74,7 +74,7 @@ def of_text_tower(tower: Any, tokenizer: Any) -> SentenceTransformer:
     Raises:
         ValueError: a pooling or a projection that these modules do not have.
     """
-    pooling = {"MeanPooler": "mean", "MaxPooler": "max", "ClsLastHiddenStatePooler": "cls"}.get(
+    pooling: Any = {"MeanPooler": "mean", "MaxPooler": "max", "ClsLastHiddenStatePooler": "cls"}.get(
         type(tower.pooler).__name__
     )
     if pooling is None:
