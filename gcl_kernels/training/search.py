@@ -184,7 +184,7 @@ def search(args: argparse.Namespace) -> None:
     fixed = {**dict(args.query_field), **({image_key: args.image} if args.image else {})}
     # "text" and "image" mean the model's own fields where it has them.
     names: dict[str, str] = {"text": text_key, "image": image_key}
-    query_weights = {names.get(key, key): value for key, value in (args.query_weights or {}).items()} or None
+    query_weights = {names.get(key) or key: value for key, value in (args.query_weights or {}).items()} or None
     if unknown := set(query_weights or ()) - {*kinds, *names.values()}:
         raise InputError(f"--query-weights: expected fields among {[*kinds, *names]}, got {sorted(unknown)}")
     asked = []

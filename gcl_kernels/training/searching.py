@@ -14,22 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from gcl_kernels.training import made_from
 from gcl_kernels.training.corpora import Documents, read_corpus
-from gcl_kernels.training.data import image_fault
 from gcl_kernels.training.errors import DataError, InputError
 from gcl_kernels.training.exact import best, error_bound
-from gcl_kernels.training.files import make_folder, read_json, write_atomically, write_json_atomically
+from gcl_kernels.training.files import make_folder, write_atomically
 from gcl_kernels.training.indexes import Index
+from gcl_kernels.training.kept_vectors import keep, read_kept
 from gcl_kernels.training.ranking import embed
 from gcl_kernels.training.search_model import SearchModel
 
-MANIFEST = "embedded.json"
 AT_ONCE = 65_536
 """Documents whose vectors are added up at a time."""
 
@@ -82,23 +80,45 @@ class Searcher:
         """Read a corpus, and its vectors from a folder if they are of this model and corpus; else embed it, and keep them.
 
         Args:
-            corpus, columns, document_id_key, separator: as in `corpora.read_corpus`; the id's column is by default that of
-                training, if the file has it.
-            folder: where vectors are kept; None: nowhere.
+            corpus, columns, document_id_key, separator: as in `corpora.read_corpus`.
+            folder, batch_size, say: as in `of_documents`.
 
         Raises:
-            InputError: a corpus that cannot be read, without any value of the model's fields, or embedded as NaN.
+            InputError: a corpus that cannot be read; as `of_documents`.
+        """
+        documents = read_corpus(
+            str(corpus), model.right[0], columns=columns, document_id_key=document_id_key, separator=separator, say=say
+        )
+        return cls.of_documents(model, documents, name=str(corpus), folder=folder, batch_size=batch_size, say=say)
+
+    @classmethod
+    def of_documents(
+        cls,
+        model: SearchModel,
+        documents: Documents,
+        *,
+        name: str = "corpus",
+        folder: str | Path | None = None,
+        batch_size: int = 256,
+        say: Callable[[str], None] = print,
+    ) -> Searcher:
+        """`load` of documents that have been read, which several models may share.
+
+        Args:
+            documents: `{id: {field: value}}`, all with the same fields, those of the model among them.
+            name: what messages call them.
+            folder: where vectors are kept, one for each model and corpus; None: nowhere.
+
+        Raises:
+            InputError: no document has a value of the model's fields, or one is embedded as NaN.
         """
         kinds = model.right[0]
-        documents = read_corpus(
-            str(corpus), kinds, columns=columns, document_id_key=document_id_key, separator=separator, say=say
-        )
         document_ids = sorted((key for key, values in documents.items() if any(values[f] for f in kinds)), reverse=True)
         if not document_ids:
             raise DataError(
-                f"{corpus}: expected a document with a value in one of {list(kinds)}, got none among {len(documents)}"
+                f"{name}: expected a document with a value in one of {list(kinds)}, got none among {len(documents)}"
             )
-        parts = parts_of(model, documents)
+        parts = made_from.corpus_parts(model.encoder.model, model.tokenizer, model.preprocess, documents, kinds)
         path = Path(folder) if folder is not None else None
         if path is not None:
             make_folder(path)
@@ -114,19 +134,17 @@ class Searcher:
             for key, kind in kinds.items()
         }  # fmt: skip
         if not all(vectors.isfinite().all() for vectors in fields.values()):
-            raise InputError(
-                f"{corpus}: expected finite embeddings, got NaN or infinity: training has probably diverged"
-            )
+            raise InputError(f"{name}: expected finite embeddings, got NaN or infinity: training has probably diverged")
         # One whose only value is an image that could not be read has no direction.
         there = torch.stack([(vectors != 0).any(dim=1) for vectors in fields.values()]).any(dim=0)
         if not there.any():
-            raise DataError(f"{corpus}: expected a document that can be embedded, got none among {len(documents)}")
+            raise DataError(f"{name}: expected a document that can be embedded, got none among {len(documents)}")
         if not there.all():
             document_ids = [key for key, found in zip(document_ids, there.tolist(), strict=True) if found]
             fields = {key: vectors[there] for key, vectors in fields.items()}
         lost = {image: fault for image, fault in encoder.lost.items() if image not in before}
         if lost:
-            say(f"{corpus}: {len(lost)} images could not be read and are missing values")
+            say(f"{name}: {len(lost)} images could not be read and are missing values")
         if path is not None:
             keep(path, parts, document_ids, fields, lost)
         return cls(model, documents, document_ids, fields)
@@ -317,75 +335,3 @@ class Searcher:
 
 TINY = 1e-4
 """A sum of fields, the weights of which add up to 1, that is shorter has no direction: they are missing, or opposite."""
-
-
-def parts_of(model: SearchModel, documents: Documents) -> made_from.Parts:
-    """What the vectors of a corpus are made from."""
-    kinds = model.right[0]
-    texts = (values[key] for values in documents.values() for key in kinds if kinds[key] == "txt")
-    images = (values[key] for values in documents.values() for key in kinds if kinds[key] == "img")
-    return {
-        **made_from.model_parts(model.encoder.model, model.tokenizer, model.preprocess, texts),
-        "corpus": made_from.digest([key, *((f, documents[key][f]) for f in kinds)] for key in sorted(documents)),
-        "images": made_from.digest_of_images(filter(None, images)),
-        "fields": [[key, kind] for key, kind in kinds.items()],
-    }
-
-
-def keep(
-    folder: Path, parts: made_from.Parts, document_ids: list[str], fields: Mapping[str, Tensor], lost: Mapping[str, str]
-) -> None:
-    """Write vectors, each field in a file, and last what they were made from."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for number, vectors in enumerate(fields.values()):
-        array = vectors.numpy()
-
-        def write(new: Path, array: np.ndarray = array) -> None:
-            with new.open("wb") as file:
-                np.save(file, array)
-
-        write_atomically(folder / f"field-{number}.npy", write)
-    content = {"made_from": parts, "document_ids": document_ids, "lost": dict(lost)}
-    write_json_atomically(folder / MANIFEST, content)
-
-
-def read_kept(
-    folder: Path, model: SearchModel, parts: made_from.Parts, say: Callable[[str], None]
-) -> tuple[list[str], dict[str, Tensor]] | None:
-    """Ids and vectors that were made from the same things, mapped into memory; None, and a line, if they were not.
-
-    Raises:
-        DataError: a manifest that is none of ours, which is not overwritten.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return None
-    content = read_json(path)
-    try:
-        then, document_ids, lost = content["made_from"], content["document_ids"], content["lost"]
-        other = made_from.difference(then, parts)
-        readable = sum(image_fault(image) is None for image in lost) if not other else 0
-    except (KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{path}: expected what this program writes, got another structure; another folder keeps it"
-        ) from None
-    if readable:
-        other = f"{readable} images that can be read now"
-    if not other:
-        try:
-            # "c", copy on write: torch warns of memory that it may not write to.
-            arrays = [np.load(folder / f"field-{number}.npy", mmap_mode="c") for number in range(len(model.right[0]))]
-            if not all(
-                array.dtype == np.float32 and array.shape == (len(document_ids), arrays[0].shape[1]) for array in arrays
-            ):
-                raise ValueError("vectors of another shape")
-        except (OSError, ValueError, IndexError) as error:
-            other = f"its files: {' '.join(str(error).split())[:100]}"
-        else:
-            say(f"{folder}: used again, {len(document_ids)} documents")
-            model.encoder.lost.update(lost)
-            return document_ids, {
-                key: torch.from_numpy(array) for key, array in zip(model.right[0], arrays, strict=True)
-            }
-    say(f"{folder}: made again: {other}")
-    return None

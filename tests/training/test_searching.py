@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gcl_kernels.training import indexes, searching
+from gcl_kernels.training import search as search_command
 from gcl_kernels.training.checkpoint import OURS
 from gcl_kernels.training.encode import FieldEncoder
 from gcl_kernels.training.errors import InputError
@@ -303,6 +304,23 @@ def test_an_index_that_is_not_installed_is_named(checkpoint, corpus, tmp_path, c
         status, _, err = run("red", f"--pretrained={checkpoint}", f"--corpus={corpus}", option, capsys=capsys)
         assert status == 2
         assert err == "faiss: expected the package faiss-cpu, got none: pip install faiss-cpu\n"
+
+
+def test_a_large_corpus_without_a_library_is_searched_exactly(checkpoint, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(indexes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(search_command, "INDEXED_FROM", 4)
+    status, out, _ = run(
+        "red", f"--pretrained={checkpoint}", f"--corpus={corpus}", f"--folder={tmp_path}", capsys=capsys
+    )
+    assert status == 0
+    assert "exact search, as neither faiss nor hnswlib is installed" in out
+
+
+def test_two_models_share_documents(model, corpus):
+    first = Searcher.load(model, corpus)
+    second = Searcher.of_documents(SearchModel.load(None, model=TINY_MODEL, right_keys=["title"]), first.documents)
+    assert second.documents is first.documents
+    assert second.document_ids == ["5", "3", "2", "1"]
 
 
 def test_the_encoder_of_a_plain_open_clip_model_takes_what_the_command_line_says(corpus, monkeypatch):

@@ -31,7 +31,7 @@ class OpenCLIP(InputModule):
         open_clip = importing.import_open_clip()
         self.folder = folder
         self.model, self.preprocess_image = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        self.tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{folder}")
 
     @property
     def modalities(self) -> list[Any]:
