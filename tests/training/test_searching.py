@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -152,6 +153,16 @@ def test_a_query_of_text_and_picture_is_their_weighted_mean(model, corpus):
     ):
         with pytest.raises(InputError, match=words):
             model.embed_query(values)
+
+
+def test_threads_get_the_answers_of_one(model, corpus):
+    searcher = Searcher.load(model, corpus, columns=["brand"])
+    queries = [f"shoe {number}" for number in range(40)]
+    answer = lambda query: searcher.search(query, 3, weights={"title": 1.0}, where={"brand": ["acme"]})  # noqa: E731
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(answer, queries))
+    assert together == [answer(query) for query in queries]
+    assert len({tuple(hits) for hits in together}) > 1
 
 
 def test_vectors_are_kept_for_the_same_model_and_documents_alone(model, corpus, tmp_path, capsys, monkeypatch):
