@@ -188,7 +188,7 @@ def test_a_command_takes_its_arguments(words):
     elif words[0] == "pip":
         extras = re.findall(r"\[(\w+)\]", " ".join(words))
         assert set(extras) <= set(PROJECT["optional-dependencies"])
-    elif words[0] in ("gcl-train", "gcl-evaluate") or any(word.startswith("gcl_kernels.training") for word in words):
+    elif any(word.startswith("gcl_kernels.training") for word in (PROJECT["scripts"].get(words[0], ""), *words)):
         skip_without_harness()
     module, arguments = module_of(words) or (None, [])
     if module is None:
@@ -206,7 +206,10 @@ def test_a_command_takes_its_arguments(words):
             parser.parse_known_args(arguments)
 
 
-HARNESS = tuple(f"gcl_kernels.training{name}" for name in ("", ".evaluate", ".experiments", ".report"))
+HARNESS = tuple(
+    f"gcl_kernels.training{name}"
+    for name in ("", ".evaluate", ".experiments", ".export", ".report", ".search", ".split")
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from gcl_kernels.training import openclip
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.files import write_atomically
+from gcl_kernels.training.files import write_atomically, write_json_atomically
 
 OURS = "gcl_kernels"
 """The key of what open_clip does not have."""
@@ -35,11 +36,28 @@ PLACES = {
 def save(path: Path, content: dict[str, Any], *, best: bool = False) -> None:
     """Write a checkpoint and let `epoch_latest.pt` beside it, and for the best so far `best.pt`, be the same file.
 
+    The model's configuration goes with it: in the checkpoint, and as `MODEL.json` beside it.
+
     Raises:
         InputError: it cannot be written, as on a full disk; what was there before is whole, and nothing half is left.
     """
+    options = content.get(OURS, {}).get("options", {})
+    name = str(options.get("model", "none:"))
+    config = (
+        None
+        if ":" in name
+        else openclip.configuration(
+            name, options.get("context_length"), content.get("state_dict", {}).get("logit_bias")
+        )
+    )
+    if config:
+        content = {**content, OURS: {**content[OURS], openclip.CONFIGURATION: config}}
     try:
         write_atomically(path, lambda new: torch.save(content, new))
+        if config:
+            write_json_atomically(
+                path.with_name(f"{Path(name).stem if name.endswith('.json') else name}.json"), config, indent=4
+            )
         also(path, LATEST)
         if best:
             also(path, BEST)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -86,6 +87,10 @@ class FieldEncoder:
         """
         inputs, mask = self.prepare(fields, kinds)
         return self._towers.encode(self.to_device(inputs)), mask.to(self._device)
+
+    def of_picture(self, picture: Image) -> Tensor:
+        """(1, D), not normalised, of a picture in memory, RGB."""
+        return self.model.encode_image(self._preprocess(picture)[None].to(self._device))
 
     def prepare(
         self, fields: Mapping[str, Sequence[str]], kinds: Mapping[str, str], *, distinct: bool = True

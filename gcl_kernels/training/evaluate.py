@@ -100,13 +100,8 @@ def from_model(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
     )
     encoder = FieldEncoder(model, tokenizer, preprocess, workers=args.num_workers)
     kinds = right[0]
-    cells = {
-        kind: [values[key] for values in documents.values() for key in kinds if kinds[key] == kind] for kind in KINDS
-    }
     parts = {
-        **made_from.model_parts(model, tokenizer, preprocess, cells["txt"]),
-        "corpus": made_from.digest_of_documents(documents),
-        "images": made_from.digest_of_images(filter(None, cells["img"])),
+        **made_from.corpus_parts(model, tokenizer, preprocess, documents, kinds),
         "fields": [[key, kinds[key], right[1][key]] for key in kinds],
     }
     corpus = features(args, encoder, parts, documents, right)
@@ -191,7 +186,6 @@ def features(
     return corpus
 
 
-KINDS = ("txt", "img")
 RANKING = "retrieval.json"
 
 

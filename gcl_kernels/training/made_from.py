@@ -54,9 +54,25 @@ def digest_of_images(paths: Iterable[str]) -> str:
     return digest([path, *_size_and_time(path)] for path in sorted(set(paths)))
 
 
-def digest_of_documents(documents: Mapping[str, Mapping[str, str]]) -> str:
-    """Of documents as they were read, in whatever order."""
-    return digest([identity, *documents[identity].items()] for identity in sorted(documents))
+def short_id(identity: str) -> str:
+    """Sixteen hexadecimal digits in the place of an id made of all cells of a document."""
+    return digest([identity])[-16:]
+
+
+def corpus_parts(
+    model: Any, tokenizer: Any, preprocess: Any, documents: Mapping[str, Mapping[str, str]], kinds: Mapping[str, str]
+) -> Parts:
+    """What makes the embeddings of documents by their fields `kinds`, `{field: "txt" or "img"}`; other columns do not."""
+    used = {
+        kind: [values[key] for values in documents.values() for key in kinds if kinds[key] == kind]
+        for kind in ("txt", "img")
+    }
+    return {
+        **model_parts(model, tokenizer, preprocess, used["txt"]),
+        "corpus": digest([key, *((field, documents[key][field]) for field in kinds)] for key in sorted(documents)),
+        "images": digest_of_images(filter(None, used["img"])),
+        "fields": [[key, kind] for key, kind in kinds.items()],
+    }
 
 
 def model_parts(model: Any, tokenizer: Any, preprocess: Any, texts: Iterable[str]) -> Parts:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib.util
 import json
+import tempfile
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,7 +61,7 @@ def create_model(
     """
     open_clip = import_open_clip()
     if name.endswith(".json"):
-        name = _register(Path(name))
+        name = _register(_configuration_file(Path(name), pretrained))
     if ":" not in name:
         _check_name(name)
     if pretrained is not None and ":" not in name:
@@ -86,6 +88,50 @@ def has_logit_bias(pretrained: str | None) -> bool:
         return any(name.removeprefix("module.") == "logit_bias" for name in weights)
     except Exception:  # no checkpoint that torch reads: open_clip says what is wrong with it, or reads it
         return False
+
+
+CONFIGURATION = "model_config"
+"""What a checkpoint of this harness calls the configuration of its model."""
+
+
+def configuration(
+    name: str, context_length: int | None = None, logit_bias: torch.Tensor | None = None
+) -> dict[str, Any] | None:
+    """The configuration in open_clip's JSON that makes a model which has been made before; None of one on a hub.
+
+    With it, `open_clip.add_model_config(FILE)` and `open_clip.create_model(NAME, pretrained=CHECKPOINT)` make the same one.
+    """
+    if ":" in name and not name.startswith("local-dir:"):
+        return None
+    config = import_open_clip().get_model_config(Path(name).stem if name.endswith(".json") else name)
+    if config is None:
+        return None
+    config = copy.deepcopy(config)
+    if context_length is not None:
+        config["text_cfg"]["context_length"] = context_length
+    return config if logit_bias is None else config | {"init_logit_bias": logit_bias.item()}
+
+
+@functools.cache
+def _of_checkpoints() -> tempfile.TemporaryDirectory[str]:
+    """Where configurations from checkpoints are written, for open_clip to read them, until the process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+def _configuration_file(path: Path, pretrained: str | None) -> Path:
+    """The file of a configuration, or, where there is none, that of a checkpoint that has it with it."""
+    if path.exists() or not pretrained or not Path(pretrained).is_file():
+        return path
+    try:
+        content = torch.load(pretrained, map_location="cpu", weights_only=True, mmap=True)
+        config = next(
+            value[CONFIGURATION] for value in content.values() if isinstance(value, dict) and CONFIGURATION in value
+        )
+    except Exception:  # a checkpoint of others, or none at all: what is missing is the file
+        return path
+    written = Path(_of_checkpoints().name, path.name)
+    written.write_text(json.dumps(config), encoding="utf-8")
+    return written
 
 
 def hold_frozen(model: torch.nn.Module) -> None:

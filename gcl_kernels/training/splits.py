@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from gcl_kernels.training.files import write_atomically
 
 SPLITS = {
     "in-domain": "train queries, train documents",
@@ -23,6 +25,13 @@ AUTHORS_FILES = {
     "zero-shot": ("query_1_product_id_1.csv", "corpus_2.json"),
 }
 """The same test sets as the GCL authors name them: (pairs, corpus)."""
+
+
+CORPORA = {False: "train_documents.json", True: "novel_documents.json"}
+"""The corpora of a folder written by `gcl_kernels.training.split`: of training's documents, and of those new to it."""
+
+MANIFEST = "split.json"
+"""What such a folder holds: `{"sets": {split: {"file", "corpus", "rows", "queries", "documents"}}, ...}`."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +57,48 @@ def write_splits(
         `{split: (CSV, JSON)}`. The columns are query, document, the documents' fields and score.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     novel, queries = set(novel), list(queries)
     fields = list(next(iter(documents.values())))
     files = {}
     for split in SPLITS:
-        novel_query = split in ("novel query", "zero-shot")
-        novel_document = split in ("novel document", "zero-shot")
-        stem = folder / split.replace(" ", "_").replace("-", "_")
-        with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["query", "document", *fields, "score"])
-            for query in queries:
-                for identity, grade in query.grades.items() if query.novel == novel_query else ():
-                    if (identity in novel) == novel_document:
-                        writer.writerow([query.text, identity, *documents[identity].values(), grade])
+        novel_query, novel_document = novelty(split)
+        stem = folder / stem_of(split)
+        rows = (
+            [query.text, identity, *documents[identity].values(), grade]
+            for query in queries
+            if query.novel == novel_query
+            for identity, grade in query.grades.items()
+            if (identity in novel) == novel_document
+        )
         corpus = {identity: row for identity, row in documents.items() if (identity in novel) == novel_document}
-        stem.with_suffix(".json").write_text(json.dumps(corpus, indent=0), encoding="utf-8")
         files[split] = stem.with_suffix(".csv"), stem.with_suffix(".json")
+        write_pairs(files[split][0], ["query", "document", *fields, "score"], rows)
+        write_corpus(files[split][1], corpus)
     return files
+
+
+def novelty(split: str) -> tuple[bool, bool]:
+    """Whether the queries of one of `SPLITS`, and whether its documents, are new to training."""
+    return split in ("novel query", "zero-shot"), split in ("novel document", "zero-shot")
+
+
+def stem_of(split: str) -> str:
+    """The name of a split's files without their ending."""
+    return split.replace(" ", "_").replace("-", "_")
+
+
+def write_pairs(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Judged pairs as CSV."""
+
+    def write(new: Path) -> None:
+        with new.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def write_corpus(path: Path, documents: Mapping[str, Mapping[str, str]]) -> None:
+    """Documents as JSON `{id: {field: value}}`, one field a line."""
+    write_atomically(path, lambda new: new.write_text(json.dumps(documents, indent=0), encoding="utf-8"))

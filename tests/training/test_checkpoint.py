@@ -16,6 +16,7 @@ from PIL import Image
 from gcl_kernels.training import checkpoint, train
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import write_atomically
+from gcl_kernels.training.openclip import TINY_MODEL
 from gcl_kernels.training.options import parse_args
 from tests.training.children import run_killed, with_dropout
 
@@ -162,7 +163,12 @@ def test_the_best_and_the_last_checkpoints_of_a_run_are_kept(options, tmp_path):
     train.train(parse_args([*options, "--name=best", f"--val-data={data}", "--val-steps=1", "--best-metric=NDCG@10",
                             "--save-steps=2", "--keep-last=1", "--steps=4", "--report-to=tensorboard"]))  # fmt: skip
     folder = tmp_path / "best" / "checkpoints"
-    assert {path.name for path in folder.iterdir()} == {"best.pt", "epoch_latest.pt", "epoch_1.pt"}
+    assert {path.name for path in folder.iterdir()} == {
+        "best.pt",
+        "epoch_latest.pt",
+        "epoch_1.pt",
+        f"{TINY_MODEL}.json",
+    }
     content = checkpoint.load(folder / "epoch_latest.pt")["gcl_kernels"]
     history = content["history"]
     assert [line["step"] for line in history] == [1, 2, 3, 4]

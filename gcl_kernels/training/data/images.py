@@ -8,7 +8,7 @@ import warnings
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -65,6 +65,11 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"{error.strerror} in place of a file, {quoted(name)}") from None
     except OSError as error:
         raise ImageError(f"a file that cannot be opened ({reason(error)}), {quoted(name)}") from None
+    return decode_image(source, quoted(name))
+
+
+def decode_image(source: BinaryIO, name: str) -> Image.Image:
+    """`load_image` of an open file, or of bytes in `BytesIO`; closes it. `name` is what errors call it."""
     try:
         with source, Image.open(source, formats=_formats()) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -73,12 +78,12 @@ def load_image(path: str | Path) -> Image.Image:
                 raise EOFError
             return _rgb(image)
     except UnknownRangeError as error:
-        raise ImageError(f"pixels of mode '{error}' whose range is not known, {quoted(name)}") from None
+        raise ImageError(f"pixels of mode '{error}' whose range is not known, {name}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"a picture of more than {MOST_PIXELS:,} pixels, {quoted(name)}") from None
+        raise ImageError(f"a picture of more than {MOST_PIXELS:,} pixels, {name}") from None
     except Exception:
         # Decoders are other people's code: which class they raise for a damaged file is theirs to choose.
-        raise ImageError(f"a file that cannot be decoded, {quoted(name)}") from None
+        raise ImageError(f"a file that cannot be decoded, {name}") from None
 
 
 def image_fault(path: str | Path) -> str | None:

@@ -24,12 +24,7 @@ def parquet_rows(path: Path, names: list[str]) -> Iterator[Row]:
         DataError: what is no Parquet file, and a file without exactly one of each of `names`.
         InputError: pyarrow is not installed.
     """
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise InputError(
-            f"{path}: expected the package pyarrow for a Parquet file, got none: pip install pyarrow"
-        ) from None
+    parquet = _pyarrow(path)
     shown = one_line(str(path))
     try:
         handle = open_plain(path)
@@ -65,6 +60,26 @@ def parquet_rows(path: Path, names: list[str]) -> Iterator[Row]:
             for number in range(done + 1, size + 1):
                 yield Row(f"{path}, row {before + number}", {}, f"expected readable pages, got {fault}", folder)
             before += size
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a file's columns; errors as `parquet_rows`."""
+    parquet = _pyarrow(path)
+    try:
+        with open_plain(path) as file:
+            return list(parquet.read_schema(file).names)
+    except Exception as error:  # of the system, and Arrow's own classes
+        raise DataError(f"{one_line(str(path))}: expected a readable Parquet file, got {reason(error)}") from None
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(
+            f"{path}: expected the package pyarrow for a Parquet file, got none: pip install pyarrow"
+        ) from None
+    return parquet
 
 
 def _values(column: Any, name: str) -> list[Any]:

@@ -47,6 +47,7 @@ class Table:
             self._records = _records(self._lines, separator, start)
             first = next(self._records, _Record(1, 0, 0, [], None))
             self._places = self._checked(first, names)
+            self.header = [name.strip() for name in first.cells]
             self._width = len(first.cells)
         except BaseException:
             self._stream.close()
@@ -68,6 +69,10 @@ class Table:
                 yield Row(f"{self.path}", {}, fault, folder)
         finally:
             self._stream.close()
+
+    def close(self) -> None:
+        """Close a file whose rows are not read to the end."""
+        self._stream.close()
 
     def cells_of(self, content: bytes) -> dict[str, str]:
         """The cells of a good row whose bytes have been read again."""
