@@ -1,0 +1,267 @@
+"""`ContrastiveModel`: the library's own losses, and Trainer around it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", exc_type=ImportError)
+
+from transformers import Trainer, TrainingArguments
+
+from gcl_kernels.integrations.transformers import ComputeLoss, ContrastiveModel
+from reference import gcl_loss, sigmoid_loss
+from tests.counting import LargestTensor
+from tests.integrations.encoders import MODELS, batch, clip, rows, siglip
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def inputs(n=6):
+    given = batch(n)
+    return {name: given[name] for name in ("input_ids", "pixel_values")}
+
+
+def embeddings(model, given):
+    found = model(**{name: given[name] for name in ("input_ids", "pixel_values")})
+    return found.image_embeds, found.text_embeds
+
+
+def check_same(ours, theirs, model, **tolerance):
+    parameters = list(model.parameters())
+    mine, others = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    for a, b in zip(mine, others, strict=True):
+        if a is None or b is None:
+            assert all(x is None or not x.any() for x in (a, b))
+        else:
+            torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-4, "atol": 1e-5}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_it_is_the_model_s_own_loss(name):
+    model = MODELS[name]()
+    given = inputs()
+    kind = "sigmoid" if name == "SiglipModel" else "softmax"
+    output = ContrastiveModel(model, loss=kind)(**given)
+    theirs = model(**given, return_loss=True)
+    check_same(output.loss, theirs.loss, model)
+    torch.testing.assert_close(output.image_embeds, theirs.image_embeds)
+    torch.testing.assert_close(output.text_embeds, theirs.text_embeds)
+    assert set(output) == {"loss", "image_embeds", "text_embeds"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_scores_weigh_and_ids_hide(name, kind):
+    model = MODELS[name]()
+    if kind == "sigmoid" and name != "SiglipModel":
+        model.logit_bias = torch.nn.Parameter(torch.tensor(-3.0))
+    given = batch(6)
+    loss = ContrastiveModel(model, loss=kind, score_to_weight="linear")(**given).loss
+    scale, options = model.logit_scale.exp(), {"lhs_ids": given["ids"], "rhs_ids": given["ids"]}
+    options["weights"] = given["scores"] / 100
+    if kind == "softmax":
+        expected = gcl_loss(*embeddings(model, given), scale, **options)
+    else:
+        expected = sigmoid_loss(*embeddings(model, given), scale, model.logit_bias, **options)
+    check_same(loss, expected.to(loss), model)
+    assert (loss - ContrastiveModel(model, loss=kind)(**inputs()).loss).abs() > 1e-3
+
+
+def trained(model, folder, data, **options):
+    """The losses of each step or evaluation, in order."""
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "logging_steps": 1,
+        "num_train_epochs": 1,
+    }
+    fixed = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    trainer = Trainer(
+        model, TrainingArguments(folder, **(defaults | fixed | options)), train_dataset=data, eval_dataset=data
+    )
+    trainer.train()
+    trainer.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_trainer_trains_as_a_loop_does(accumulated, tmp_path):
+    data = [row | {"unknown_column": 1} for row in rows(8)]  # columns are kept or dropped as they should be
+    model = ContrastiveModel(clip(), score_to_weight="linear")
+    options = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    options |= {"gradient_accumulation_steps": accumulated, "train_sampling_strategy": "sequential"}
+    trainer = trained(model, tmp_path, data, **options)
+    alone = clip()
+    optimizer = torch.optim.SGD(alone.parameters(), 0.1)
+    losses = []
+    for step in range(2):
+        given = {name: value[4 * step : 4 * step + 4] for name, value in batch(8).items()}
+        loss = gcl_loss(
+            *embeddings(alone, given), alone.logit_scale.exp(), weights=given["scores"] / 100,
+            lhs_ids=given["ids"], rhs_ids=given["ids"],
+        ).float()  # fmt: skip
+        (loss / accumulated).backward()
+        losses.append(loss.item())
+        if (step + 1) % accumulated == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = losses if accumulated == 1 else [sum(losses) / 2]
+    assert [float(loss) for loss in trainer.losses] == pytest.approx(expected, rel=1e-3)
+    for a, b in zip(model.model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_evaluates_and_predicts(tmp_path):
+    model, data = ContrastiveModel(clip(), score_to_weight="log"), rows(8)
+    trainer = trained(model, tmp_path, data)
+    halves = [{name: value[i : i + 4] for name, value in batch(8).items()} for i in (0, 4)]
+    model.eval()
+    with torch.no_grad():
+        expected = [model(**half) for half in halves]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(e.loss.item() for e in expected) / 2, rel=1e-5)
+    text, image = trainer.predict(data).predictions
+    torch.testing.assert_close(torch.from_numpy(text), torch.cat([e.text_embeds for e in expected]))
+    torch.testing.assert_close(torch.from_numpy(image), torch.cat([e.image_embeds for e in expected]))
+
+
+def test_checkpoints_resume_and_the_encoder_saves_as_ever(tmp_path):
+    data = rows(8)
+    through = trained(ContrastiveModel(clip()), tmp_path / "a", data, num_train_epochs=2)
+    trained(ContrastiveModel(clip()), tmp_path / "b", data, num_train_epochs=2, save_strategy="steps", save_steps=2)
+    model = ContrastiveModel(clip())
+    arguments = TrainingArguments(
+        tmp_path / "b", per_device_train_batch_size=4, num_train_epochs=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    for a, b in zip(model.parameters(), through.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    model.save_pretrained(tmp_path / "encoder")
+    loaded = type(model.model).from_pretrained(tmp_path / "encoder")
+    assert loaded.state_dict().keys() == clip().state_dict().keys()
+    for a, b in zip(loaded.parameters(), model.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model = ContrastiveModel(clip()).train()
+    plain = torch.autograd.grad(model(**inputs()).loss, list(model.parameters()))
+    model.gradient_checkpointing_enable()
+    assert model.model.is_gradient_checkpointing
+    for a, b in zip(torch.autograd.grad(model(**inputs()).loss, list(model.parameters())), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_reaches_the_encoder():
+    model = ContrastiveModel(clip())
+    plain = model(**inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs())
+    assert not torch.equal(output.image_embeds.float(), plain.image_embeds)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, plain.loss, rtol=0.05, atol=0.05)
+
+
+def test_no_matrix_of_all_pairs_is_stored():
+    model, n = ContrastiveModel(clip()), 1500
+    given = {"input_ids": torch.randint(1, 48, (n, 2)), "pixel_values": torch.randn(n, 3, 8, 8)}
+    with LargestTensor() as largest:
+        model(**given).loss.backward()
+    assert largest.numel < n * n
+
+
+def test_copies_and_pickles_compute_the_same():
+    model = ContrastiveModel(siglip(), loss="sigmoid", score_to_weight="log")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**batch(4)).loss, model(**batch(4)).loss)
+
+
+@dataclass
+class Outputs:
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    logit_scale: torch.Tensor | None = None
+
+
+def test_a_loss_of_outputs_takes_their_scale_and_counts_accumulated_rows():
+    model, given = clip(), batch(6)
+    outputs = Outputs(*embeddings(model, given), model.logit_scale.exp())
+    compute = ComputeLoss(score_to_weight="linear")
+    expected = gcl_loss(*embeddings(model, given), model.logit_scale.exp(), weights=given["scores"] / 100)
+    check_same(compute(outputs, given["scores"]), expected.float(), model)
+    torch.testing.assert_close(compute(outputs, given["scores"], torch.tensor(12)), expected.float() / 2)
+    fixed = Outputs(*embeddings(model, given))
+    torch.testing.assert_close(
+        ComputeLoss(score_to_weight="linear", logit_scale=model.logit_scale.exp().item())(fixed, given["scores"]),
+        expected.float(),
+    )
+
+
+def test_a_loss_of_outputs_without_a_scale_says_what_to_use():
+    with pytest.raises(
+        ValueError, match=r"outputs: expected a logit_scale .* got CLIPOutput .* ContrastiveModel\(model\)"
+    ):
+        ComputeLoss()(clip()(**inputs()), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"loss": "hinge"}, "loss: expected"),
+        ({"loss": "sigmoid"}, "loss: expected 'softmax' for CLIPModel, which has no logit_bias"),
+        ({"directons": "both"}, "directons: expected an option of loss='softmax'"),
+        ({"reduction": "none"}, "reduction: expected one that gives a single loss"),
+        ({"lhs_field_weights": [1.0]}, "lhs_field_weights: expected an option"),
+        ({"score_to_weight": "logs"}, "score_to_weight"),
+        ({"process_group": "all"}, "process_group"),
+    ],
+)
+def test_wrong_options_are_refused_when_it_is_made(arguments, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        ContrastiveModel(clip(), **arguments)
+
+
+def test_a_model_that_is_no_dual_encoder_is_refused():
+    with pytest.raises(TypeError, match="model: expected a dual encoder .* got CLIPTextTransformer|got CLIPTextModel"):
+        ContrastiveModel(clip().text_model)
+    with pytest.raises(TypeError, match="normalize: expected an option of loss='sigmoid'"):
+        ContrastiveModel(siglip(), loss="sigmoid", normalize="mean")
+
+
+@pytest.mark.parametrize(
+    ("score_to_weight", "changed", "error"),
+    [
+        ("log", {"scores": None}, "scores: expected .*score_to_weight='log', got None"),
+        (None, {}, "scores: expected None"),
+        ("log", {"pixel_values": None}, "pixel_values: expected a tensor"),
+        ("log", {"token_type_ids": torch.zeros(6, 6)}, "token_type_ids: expected an argument of CLIPModel"),
+    ],
+)
+def test_wrong_inputs_are_refused(score_to_weight, changed, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        ContrastiveModel(clip(), score_to_weight=score_to_weight)(**(batch(6) | changed))
+
+
+def test_without_the_library_the_error_says_what_to_install():
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import torch, gcl_kernels.integrations.transformers as integration\n"
+        "try: integration.ContrastiveModel(torch.nn.Identity())\n"
+        "except ImportError as error: print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "transformers: expected the package transformers, got none: pip install transformers"
