@@ -22,6 +22,7 @@ from ..score_to_weight import ScoreToWeight
 from ..sigmoid import sigmoid_loss
 from ..types import ScoreToWeightName
 from ..validation import check_choice
+from .importing import import_transformers
 
 if TYPE_CHECKING:
     from transformers.models.clip.modeling_clip import CLIPOutput  # pyright: ignore[reportMissingImports]
@@ -42,8 +43,8 @@ class ContrastiveModel(nn.Module):
     of the joined batch, and so are its gradients after DistributedDataParallel. Attributes that it does not have itself, such as
     `config`, `save_pretrained` and the switches of gradient checkpointing, are the encoder's.
 
-    Trainer needs no option for it: `remove_unused_columns` keeps the columns `scores` and `ids`, evaluation computes the loss, and
-    `predictions` are (text embeddings, image embeddings). Each step of gradient accumulation is a batch of its own;
+    Trainer needs no option for it: `remove_unused_columns` keeps the columns `scores` and `ids`, evaluation computes the loss,
+    and `predictions` are (text embeddings, image embeddings). Each step of gradient accumulation is a batch of its own;
     `gcl_kernels.grad_cache` joins them.
 
     Args:
@@ -128,6 +129,8 @@ class ContrastiveModel(nn.Module):
             ids: (N,) int64. Pairs with an equal id >= 0 are no negatives of each other.
             return_loss: False leaves the loss out.
         """
+        from transformers.models.clip.modeling_clip import CLIPOutput  # pyright: ignore[reportMissingImports]
+
         given = {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
@@ -154,9 +157,7 @@ class ContrastiveModel(nn.Module):
         if return_loss:
             bias = getattr(self.model, "logit_bias", None)
             loss = self.criterion(image, text, scores, ids, self.model.logit_scale.exp(), bias)
-        return import_transformers().models.clip.modeling_clip.CLIPOutput(
-            loss=loss, text_embeds=text, image_embeds=image
-        )
+        return CLIPOutput(loss=loss, text_embeds=text, image_embeds=image)
 
 
 class ComputeLoss:
@@ -274,23 +275,6 @@ class Criterion(nn.Module):
             transport=gcl.transport,
             backend=gcl.backend,
         )
-
-
-def import_transformers() -> Any:
-    """The package transformers.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import transformers.models.clip.modeling_clip  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise ImportError(
-            "transformers: expected the package transformers, got none: pip install transformers"
-        ) from None
-    return transformers
 
 
 def _arguments_of(function: Any) -> list[str]:

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers", exc_type=ImportError)
-
-from gcl_kernels.integrations.open_clip.importing import import_torchvision
+from gcl_kernels.integrations.importing import import_transformers
 
 try:
-    import_torchvision()  # transformers imports it where it is installed, whether or not it fits torch
-except ModuleNotFoundError:
-    pass
+    import_transformers()
+except ImportError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 from transformers import (
     BertConfig,
@@ -46,7 +44,9 @@ def siglip():
 def dual():
     torch.manual_seed(0)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        CLIPVisionConfig(**VISION), BertConfig(**TEXT), projection_dim=8
+        CLIPVisionConfig(**VISION),
+        BertConfig(**TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        projection_dim=8,
     )
     return VisionTextDualEncoderModel(config)
 
@@ -55,7 +55,7 @@ MODELS = {"CLIPModel": clip, "SiglipModel": siglip, "VisionTextDualEncoderModel"
 
 
 def rows(n, seed=0):
-    """A data set with graded scores, and ids of which two are equal."""
+    """A data set with graded scores, and ids that two rows share."""
     g = torch.Generator().manual_seed(seed)
     tokens, pixels = torch.randint(1, 48, (n, 6), generator=g), torch.randn(n, 3, 8, 8, generator=g)
     scores, ids = torch.linspace(1, 100, n), torch.arange(n) // 2
