@@ -60,6 +60,8 @@ class ContrastiveModel(nn.Module):
     Raises:
         ImportError: transformers is not installed.
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: transformers gives features in another form than versions 4 and 5 do, or the model is a replica of
+            torch.nn.DataParallel, into which Trainer puts it where one process sees several GPUs.
     """
 
     accepts_loss_kwargs = False
@@ -98,6 +100,12 @@ class ContrastiveModel(nn.Module):
             if inner is None or name.startswith("__"):
                 raise
             return getattr(inner, name)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "ContrastiveModel: expected one process for each GPU, as torchrun starts them, got torch.nn.DataParallel, whose "
+            "replicas compare each only their own part of the batch"
+        )
 
     def forward(  # a named argument for every column that `remove_unused_columns` is to keep
         self,
@@ -151,8 +159,8 @@ class ContrastiveModel(nn.Module):
             unknown = given.keys() - of_image.keys() - of_text.keys()
             if unknown:
                 raise TypeError(f"{sorted(unknown)[0]}: expected an argument of {type(self.model).__name__}'s features")
-        image = _unit(self.model.get_image_features(**of_image))
-        text = _unit(self.model.get_text_features(**of_text))
+        image = _unit(self.model.get_image_features(**of_image), "get_image_features")
+        text = _unit(self.model.get_text_features(**of_text), "get_text_features")
         loss = None
         if return_loss:
             bias = getattr(self.model, "logit_bias", None)
@@ -167,13 +175,15 @@ class ComputeLoss:
     from outputs with a gradient of `logit_scale`, and calling it raises. `ContrastiveModel` can. So it serves models of your own
     that put the factor itself, not its logarithm, into their outputs as `logit_scale`, and training at a fixed scale.
 
-    Trainer's `labels` are the scores. It hands over as `num_items_in_batch` how many there are in all steps of gradient
-    accumulation, and the loss of a step counts with its share of them.
+    Trainer's `labels` are the scores. Trainer does not divide such a loss by the steps of gradient accumulation: it hands over as
+    `num_items_in_batch` how many labels all of them have, and the loss of a step counts with its share. Without labels there is
+    no such number and steps would add up, so they are needed even where no weight is made of them. Over ranks all batches must
+    have the same number of rows, as Trainer's own have.
 
     Args:
         logit_scale: the factor where the outputs have none, a constant; a learned one would get no gradient.
         loss: as in `ContrastiveModel`, like everything below. The bias of `"sigmoid"` is the outputs' `logit_bias`.
-        score_to_weight: as in `ContrastiveModel`; None ignores what the labels say.
+        score_to_weight: as in `ContrastiveModel`; None counts the labels and does not read them.
         process_group: as in `ContrastiveModel`.
         options: as in `ContrastiveModel`.
     """
@@ -196,6 +206,11 @@ class ComputeLoss:
         scale = self.logit_scale if found["logit_scale"] is None else found["logit_scale"]
         with distributed.shared_failure(resolve_group(self.criterion.process_group)):
             missing = [name for name in ("image_embeds", "text_embeds") if found[name] is None]
+            if labels is None:
+                raise ValueError(
+                    "labels: expected a column 'labels', scores or any number, with which Trainer counts the rows of all steps "
+                    "of gradient accumulation, got None"
+                )
             if scale is None:
                 raise ValueError(
                     f"outputs: expected a logit_scale beside the embeddings, got {type(outputs).__name__} without one: the "
@@ -206,11 +221,15 @@ class ComputeLoss:
                 raise ValueError(f"outputs: expected image_embeds and text_embeds, got none of {missing}")
         scores = None if self.criterion.score_to_weight is None else labels
         loss = self.criterion(
-            _unit(found["image_embeds"]), _unit(found["text_embeds"]), scores, None, scale, found["logit_bias"]
+            *(F.normalize(found[name], dim=-1) for name in ("image_embeds", "text_embeds")),
+            scores,
+            None,
+            scale,
+            found["logit_bias"],
         )
         if num_items_in_batch is None or labels is None:
             return loss
-        return loss * (len(labels) / num_items_in_batch)
+        return loss * (labels.ne(-100).sum() / num_items_in_batch)  # Trainer counts no -100
 
 
 class Criterion(nn.Module):
@@ -282,9 +301,15 @@ def _arguments_of(function: Any) -> list[str]:
     return [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
 
-def _unit(features: Any) -> Tensor:
-    """Rows of unit length of a tensor, or of what transformers 5 puts around it."""
-    return F.normalize(getattr(features, "pooler_output", features), dim=-1)
+def _unit(features: Any, method: str) -> Tensor:
+    """Rows of unit length of a tensor, as in transformers 4, or of the output that version 5 puts around it."""
+    rows = getattr(features, "pooler_output", features)
+    if not isinstance(rows, Tensor):
+        raise RuntimeError(
+            f"transformers {import_transformers().__version__}: expected {method} to give a tensor, or an output with "
+            f"pooler_output, as in versions 4 and 5, got {type(features).__name__}"
+        )
+    return F.normalize(rows, dim=-1)
 
 
 def _get(outputs: Any, name: str) -> Any:

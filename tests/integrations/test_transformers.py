@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -73,8 +72,8 @@ def test_scores_weigh_and_ids_hide(name, kind):
     assert (loss - ContrastiveModel(model, loss=kind)(**inputs()).loss).abs() > 1e-3
 
 
-def trained(model, folder, data, **options):
-    """The losses of each step or evaluation, in order."""
+def trained(model, folder, data, compute_loss_func=None, **options):
+    """The Trainer, with the losses of its steps as `losses`."""
     defaults = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
@@ -88,9 +87,8 @@ def trained(model, folder, data, **options):
         "save_strategy": "no",
         "dataloader_pin_memory": False,
     }
-    trainer = Trainer(
-        model, TrainingArguments(folder, **(defaults | fixed | options)), train_dataset=data, eval_dataset=data
-    )
+    arguments = TrainingArguments(folder, **(defaults | fixed | options))
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=compute_loss_func)
     trainer.train()
     trainer.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer
@@ -188,32 +186,64 @@ def test_copies_and_pickles_compute_the_same():
         assert torch.equal(other(**batch(4)).loss, model(**batch(4)).loss)
 
 
-@dataclass
-class Outputs:
-    image_embeds: torch.Tensor
-    text_embeds: torch.Tensor
-    logit_scale: torch.Tensor | None = None
+class WithScale(torch.nn.Module):
+    """A model whose outputs have what a loss of outputs needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip = clip()
+
+    def forward(self, input_ids, pixel_values):
+        image, text = embeddings(self.clip, {"input_ids": input_ids, "pixel_values": pixel_values})
+        return {"image_embeds": image, "text_embeds": text, "logit_scale": self.clip.logit_scale.exp()}
 
 
-def test_a_loss_of_outputs_takes_their_scale_and_counts_accumulated_rows():
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_loss_of_outputs_trains_as_the_model_does(accumulated, tmp_path):
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 3}
+    options |= {"gradient_accumulation_steps": accumulated, "train_sampling_strategy": "sequential"}
+    data = [{k: row[k] for k in ("input_ids", "pixel_values", "scores")} for row in rows(6)]
+    labelled = [{"labels" if k == "scores" else k: v for k, v in row.items()} for row in data]
+    whole = trained(ContrastiveModel(clip(), score_to_weight="log"), tmp_path, data, **options)
+    compute = ComputeLoss(score_to_weight="log")
+    outer = trained(WithScale(), tmp_path, labelled, compute_loss_func=compute, label_names=["labels"], **options)
+    assert len(outer.losses) == 2 / accumulated
+    assert outer.losses == pytest.approx(whole.losses, rel=1e-5)
+    for a, b in zip(outer.model.clip.parameters(), whole.model.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert outer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_loss_of_outputs_at_a_fixed_scale():
     model, given = clip(), batch(6)
-    outputs = Outputs(*embeddings(model, given), model.logit_scale.exp())
-    compute = ComputeLoss(score_to_weight="linear")
-    expected = gcl_loss(*embeddings(model, given), model.logit_scale.exp(), weights=given["scores"])
-    check_same(compute(outputs, given["scores"]), expected.float(), model)
-    torch.testing.assert_close(compute(outputs, given["scores"], torch.tensor(12)), expected.float() / 2)
-    fixed = Outputs(*embeddings(model, given))
-    torch.testing.assert_close(
-        ComputeLoss(score_to_weight="linear", logit_scale=model.logit_scale.exp().item())(fixed, given["scores"]),
-        expected.float(),
-    )
+    outputs = model(**inputs())
+    loss = ComputeLoss(logit_scale=3.0)(outputs, torch.zeros(6))
+    torch.testing.assert_close(loss, gcl_loss(*embeddings(model, given), 3.0).float())
+    torch.testing.assert_close(ComputeLoss(logit_scale=3.0)(outputs, torch.zeros(6), torch.tensor(12)), loss / 2)
 
 
-def test_a_loss_of_outputs_without_a_scale_says_what_to_use():
-    with pytest.raises(
-        ValueError, match=r"outputs: expected a logit_scale .* got CLIPOutput .* ContrastiveModel\(model\)"
-    ):
-        ComputeLoss()(clip()(**inputs()), None)
+@pytest.mark.parametrize(
+    ("options", "labels", "error"),
+    [
+        ({}, torch.zeros(6), r"outputs: expected a logit_scale .* got CLIPOutput .* ContrastiveModel\(model\)"),
+        ({"logit_scale": 3.0}, None, r"labels: expected a column 'labels'.* gradient accumulation, got None"),
+    ],
+)
+def test_a_loss_of_outputs_says_where_it_would_be_wrong(options, labels, error):
+    with pytest.raises(ValueError, match=error):
+        ComputeLoss(**options)(clip()(**inputs()), labels)
+
+
+def test_replicas_of_one_process_are_refused():
+    with pytest.raises(RuntimeError, match=r"expected one process for each GPU, .* got torch.nn.DataParallel"):
+        ContrastiveModel(clip())._replicate_for_data_parallel()
+
+
+def test_features_in_a_form_that_nobody_knows_are_refused():
+    model = clip()
+    model.get_text_features = lambda input_ids: {"features": None}
+    with pytest.raises(RuntimeError, match=r"transformers [\d.]+: expected get_text_features to give .*, got dict"):
+        ContrastiveModel(model)(**inputs())
 
 
 @pytest.mark.parametrize(
