@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +155,59 @@ def test_checkpoints_resume_and_the_encoder_saves_as_ever(tmp_path):
     assert loaded.state_dict().keys() == clip().state_dict().keys()
     for a, b in zip(loaded.parameters(), model.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+WEIGHED = {"score_to_weight": "log", "normalize": "mean"}
+OF_RANKS = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+def on_rank(folder, world):
+    """Train, evaluate and predict as one of `world` processes with a share of every batch, and save what came out."""
+    share = {"per_device_train_batch_size": 4 // world, "per_device_eval_batch_size": 4 // world}
+    share |= {"ddp_backend": "gloo"} if world > 1 else {}
+    trainer = trained(ContrastiveModel(clip(), **WEIGHED), folder, rows(8), **OF_RANKS, **share)
+    found = trainer.losses, trainer.evaluate()["eval_loss"], trainer.predict(rows(8)).predictions
+    if trainer.is_world_process_zero():
+        torch.save([*found, trainer.accelerator.unwrap_model(trainer.model).state_dict()], folder / "found.pt")
+    if world > 1:
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        torch.distributed.barrier()
+        os._exit(
+            0
+        )  # the interpreter's end may wait for ever for threads of a group that DistributedDataParallel still has
+
+
+def test_two_ranks_train_as_one_process(tmp_path):
+    program = f"import pathlib, {__name__} as here; here.on_rank(pathlib.Path({str(tmp_path)!r}), 2)"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    losses, evaluated, predicted, parameters = torch.load(tmp_path / "found.pt", weights_only=False)
+    on_rank(tmp_path, 1)
+    expected = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert losses == pytest.approx(expected[0], rel=1e-5)
+    assert evaluated == pytest.approx(expected[1], rel=1e-5)
+    for ours, theirs in zip(predicted, expected[2], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    for name, value in expected[3].items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_activations_give_the_same_gradients():
