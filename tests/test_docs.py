@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .test_package import PROJECT
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n$")  # above a block that cannot run here, with the reason
 
 
@@ -41,6 +41,14 @@ def skip_without_harness():
     from gcl_kernels.training.openclip import import_open_clip
 
     import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import it otherwise
+
+
+def skip_without_trainer(library):
+    from gcl_kernels.integrations.importing import import_torchvision
+
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()  # beside a CPU-only torch the libraries' import of it fails otherwise
+    pytest.importorskip(library, reason=f"{library} is not installed", exc_type=ImportError)
 
 
 def readme_names():
@@ -84,6 +92,8 @@ def namespaces(tmp_path_factory):
 def test_python_runs(page, line, code, namespaces, tmp_path, monkeypatch):
     if re.search(r"open_clip|gcl_kernels\.training", code):
         skip_without_harness()
+    for library in re.findall(r"^(?:from|import) (transformers|lightning|accelerate)\b", code, re.MULTILINE):
+        skip_without_trainer(library)
     monkeypatch.chdir(tmp_path)
     if page.name == "guide.md":
         guide_files(tmp_path)

@@ -89,7 +89,7 @@ class ContrastiveModel(nn.Module):
                 f"loss: expected 'softmax' for {name}, which has no logit_bias, got 'sigmoid'; "
                 "give it one first: model.logit_bias = nn.Parameter(torch.tensor(-10.0))"
             )
-        self.model = model
+        self.model: Any = model
         self._takes = [_arguments_of(model.get_image_features), _arguments_of(model.get_text_features)]
 
     def __getattr__(self, name: str) -> Any:
@@ -254,7 +254,7 @@ class Criterion(nn.Module):
             raise ValueError("reduction: expected one that gives a single loss, got 'none'")
         self.loss = loss
         self.score_to_weight = score_to_weight
-        self.process_group = process_group
+        self.process_group: ProcessGroupLike = process_group
         self.weighted = GCLLoss(
             "constant" if score_to_weight is None else score_to_weight, process_group=process_group, **options
         )
