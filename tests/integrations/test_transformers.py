@@ -194,7 +194,7 @@ def test_two_ranks_train_as_one_process(tmp_path):
         for rank in range(2)
     ]
     try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
