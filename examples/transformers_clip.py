@@ -1,6 +1,6 @@
 """transformers: a CLIPModel under Trainer by `ContrastiveModel`, with a score for each pair.
 
-    python examples/transformers_clip.py                                # random weights, no download, a minute on a CPU
+    python examples/transformers_clip.py                                # random weights, no download, half a minute on a CPU
     python examples/transformers_clip.py --rows 16 --steps 10
     torchrun --nproc-per-node 2 examples/transformers_clip.py           # --rows pairs on each of 2 processes
 
