@@ -49,6 +49,14 @@ def skip_without_harness():
     import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import it otherwise
 
 
+def skip_without_trainer(library):
+    from gcl_kernels.integrations.importing import import_torchvision
+
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()  # beside a CPU-only torch the libraries' import of it fails otherwise
+    pytest.importorskip(library, reason=f"{library} is not installed", exc_type=ImportError)
+
+
 def example_names():
     """What examples of the losses take as given."""
     generator = torch.Generator().manual_seed(0)
@@ -90,6 +98,8 @@ def namespaces(tmp_path_factory):
 def test_python_runs(page, line, code, namespaces, tmp_path, monkeypatch):
     if re.search(r"open_clip|gcl_kernels\.training", code):
         skip_without_harness()
+    for library in re.findall(r"^(?:from|import) (transformers|lightning|accelerate)\b", code, re.MULTILINE):
+        skip_without_trainer(library)
     monkeypatch.chdir(tmp_path)
     if title(page) == "guide.md":
         guide_files(tmp_path)

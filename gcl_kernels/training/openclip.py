@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gcl_kernels.integrations.open_clip import importing
+from gcl_kernels.integrations import importing
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.pretrained import expect_weights, faults_in_one_line
 

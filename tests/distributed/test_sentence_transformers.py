@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gcl_kernels.integrations.open_clip.importing import import_torchvision
+from gcl_kernels.integrations.importing import import_torchvision
 
 pytest.importorskip("torchvision")
 import_torchvision()  # beside a CPU-only torch sentence-transformers cannot be imported otherwise

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gcl_kernels.integrations.open_clip.importing import import_torchvision
+from gcl_kernels.integrations.importing import import_torchvision
 from tests.counting import LargestTensor
 
 with contextlib.suppress(ModuleNotFoundError):
@@ -282,7 +282,7 @@ def test_a_class_with_arguments_that_nobody_knows_is_refused(monkeypatch):
 
     monkeypatch.setattr(integration, "MultipleNegativesRankingLoss", MultipleNegativesRankingLoss)
     with pytest.raises(
-        RuntimeError, match=r"sentence-transformers [\d.]+: .* one with \['temperature_schedule'\] more"
+        RuntimeError, match=r"sentence_transformers [\d.]+: .* one with \['temperature_schedule'\] more"
     ):
         GCLLoss(Nothing())
 

@@ -9,14 +9,13 @@ From a command line, `python -m gcl_kernels.integrations.open_clip ARGS` is `pyt
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from typing import Any
 
 from ...clip import ClipLoss
 from ...siglip import SigLipLoss
-from .importing import import_open_clip
+from ..importing import check_arguments, import_open_clip
 from .losses import CoCaLoss, DistillClipLoss
 
 __all__ = ["CoCaLoss", "DistillClipLoss", "apply", "undo"]
@@ -56,7 +55,7 @@ def apply(clip: bool = True, siglip: bool = True, coca: bool = True, distill: bo
         for module in modules:
             original = vars(module).get(replacement.__name__)
             if isinstance(original, type) and original is not replacement:
-                _check_arguments(original, replacement)
+                check_arguments(original, replacement, "open_clip", "versions 3 and 4", "forward")
                 found.append((module, replacement.__name__, original, replacement))
     for module, name, original, replacement in found:  # all of them or none
         setattr(module, name, replacement)
@@ -80,16 +79,3 @@ def _modules_of_open_clip() -> list[Any]:
 
     roots = ("open_clip", "open_clip_train")
     return [module for name, module in sorted(sys.modules.items()) if module and name.split(".")[0] in roots]
-
-
-def _check_arguments(original: type, replacement: type) -> None:
-    for method in ("__init__", "forward"):
-        theirs, ours = (inspect.signature(getattr(kind, method)).parameters for kind in (original, replacement))
-        unknown = [name for name in theirs if name not in ours]
-        if unknown:
-            from open_clip import __version__
-
-            raise RuntimeError(
-                f"open_clip {__version__}: expected {original.__name__}.{method} to take no more than "
-                f"{list(ours)[1:]}, as in versions 3 and 4, got {unknown} too"
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from ...score_to_weight import Knots, ScoreToWeight
 from ...score_to_weight import score_to_weight as by_name
 from ...types import BACKEND_NAMES, Backend, ScoreToWeightName, WeightNormalization
 from ...validation import check_choice
-from ..open_clip.importing import import_torchvision
+from ..importing import check_arguments, import_torchvision
 from .ranking import Ranking, TextIds
 from .text_ids import ids_of
 
@@ -50,6 +49,7 @@ except ModuleNotFoundError as error:
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
+KNOWN = "sentence_transformers", "version 6"
 MAX_SCALE = 100.0  # of a learned temperature, as in CLIP
 CITATION = """
 @misc{zhu2024generalizedcontrastivelearningmultimodal,
@@ -121,7 +121,7 @@ class GCLLoss(MultipleNegativesRankingLoss):
         learnable_temperature: bool = False,
         backend: Backend | None = None,
     ) -> None:
-        check_arguments(MultipleNegativesRankingLoss, GCLLoss, "compute_loss_from_embeddings")
+        check_arguments(MultipleNegativesRankingLoss, GCLLoss, *KNOWN, "compute_loss_from_embeddings", exactly=True)
         super().__init__(
             model,
             scale=scale,
@@ -284,7 +284,9 @@ class CachedGCLLoss(CachedMultipleNegativesRankingLoss):
         hardness_strength: float = 0.0,
         **options: Any,
     ) -> None:
-        check_arguments(CachedMultipleNegativesRankingLoss, CachedGCLLoss, "calculate_loss", "forward_cached")
+        check_arguments(
+            CachedMultipleNegativesRankingLoss, CachedGCLLoss, *KNOWN, "calculate_loss", "forward_cached", exactly=True
+        )
         super().__init__(
             model,
             mini_batch_size=mini_batch_size,
@@ -369,22 +371,6 @@ class _Texts:
 
     def __exit__(self, *_: object) -> None:
         self.loss._ids = None
-
-
-def check_arguments(original: type, replacement: type, *methods: str) -> None:
-    """Raises if `original` is not the class that `replacement` was written for."""
-    theirs, ours = (inspect.signature(kind.__init__).parameters for kind in (original, replacement))
-    unknown = [name for name in theirs if name not in ours]
-    missing = [
-        name
-        for name, parameter in ours.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in theirs
-    ] + [name for name in methods if not hasattr(original, name)]
-    if unknown or missing:
-        raise RuntimeError(
-            f"sentence-transformers {sentence_transformers.__version__}: expected {original.__name__} as in version 6, got "
-            f"one with {unknown or 'no argument'} more and without {missing or 'none'}"
-        )
 
 
 def _check_similarity(similarity_fct: object) -> bool:
