@@ -20,6 +20,7 @@ MODULES = {  # and the package that each needs
     "gcl_kernels.testing": "hypothesis",
     "gcl_kernels.integrations.open_clip": "open_clip",
     "gcl_kernels.integrations.sentence_transformers": "sentence_transformers",
+    "gcl_kernels.integrations.transformers": "transformers",
     "reference": "torch",
 }
 PAGES = sorted((ROOT / "docs/api").glob("*.md"))
@@ -41,7 +42,10 @@ def module_of(name):
     package = MODULES.get(name, "torch")
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    if package in ("open_clip", "sentence_transformers") and importlib.util.find_spec("open_clip") is not None:
+    if (
+        package in ("open_clip", "sentence_transformers", "transformers")
+        and importlib.util.find_spec("open_clip") is not None
+    ):
         from gcl_kernels.training.openclip import import_open_clip
 
         import_open_clip()  # a CPU-only torch beside PyPI's torchvision cannot import either otherwise
