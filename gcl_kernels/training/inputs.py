@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from gcl_kernels.training.errors import DataError, EmptyError
 from gcl_kernels.training.ranking import corpus_of, known_documents, minmax, say_contradictions
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.scaling import spread
+from gcl_kernels.training.train_options import TrainOptions
 
 Documents = dict[str, dict[str, str]]
 """`{id: {field: value}}`."""
@@ -32,7 +32,7 @@ class TestFiles:
     corpus_of: dict[str, str] = field(default_factory=dict)
 
 
-def columns_of(args: argparse.Namespace) -> Columns:
+def columns_of(args: TrainOptions) -> Columns:
     """What the columns of the run's files mean."""
     left, right = (
         dict(zip(keys, kinds, strict=True))
@@ -41,7 +41,7 @@ def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
 
 
-def pair_file(args: argparse.Namespace, path: str, *, check_images: str, ids_alone: bool = False) -> PairFile:
+def pair_file(args: TrainOptions, path: str, *, check_images: str, ids_alone: bool = False) -> PairFile:
     """One of the run's files; of its documents the ids alone where a corpus has their fields, as in `evaluate`."""
     columns = columns_of(args)
     if ids_alone:
@@ -52,7 +52,7 @@ def pair_file(args: argparse.Namespace, path: str, *, check_images: str, ids_alo
     )  # fmt: skip
 
 
-def expect_files(args: argparse.Namespace) -> None:
+def expect_files(args: TrainOptions) -> None:
     """Raise DataError for a test file that is not there, before the training file, a large one, is read.
 
     A name that may stand for others is left to its reader.
@@ -62,9 +62,7 @@ def expect_files(args: argparse.Namespace) -> None:
             raise DataError(f"{path}: expected a readable file, got '{os.strerror(2)}'")
 
 
-def read_pair_file(
-    args: argparse.Namespace, path: str, say: Callable[[str], None], *, ids_alone: bool = False
-) -> PairFile:
+def read_pair_file(args: TrainOptions, path: str, say: Callable[[str], None], *, ids_alone: bool = False) -> PairFile:
     """One of the run's files, and what it holds in words."""
     pairs = pair_file(args, path, check_images=args.check_images, ids_alone=ids_alone)
     queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
@@ -75,7 +73,7 @@ def read_pair_file(
     return pairs
 
 
-def read_training(args: argparse.Namespace, say: Callable[[str], None]) -> PairFile:
+def read_training(args: TrainOptions, say: Callable[[str], None]) -> PairFile:
     """The `--train-data` file."""
     pairs = read_pair_file(args, args.train_data, say)
     if count := repeated_pairs(pairs):
@@ -84,7 +82,7 @@ def read_training(args: argparse.Namespace, say: Callable[[str], None]) -> PairF
     return pairs
 
 
-def read_tests(args: argparse.Namespace, say: Callable[[str], None]) -> TestFiles:
+def read_tests(args: TrainOptions, say: Callable[[str], None]) -> TestFiles:
     """The `--val-data` and `--doc-meta` files.
 
     Raises:
@@ -138,7 +136,7 @@ def repeated_pairs(pairs: PairFile) -> int:
     return int((low < high).sum())
 
 
-def training_rows(args: argparse.Namespace, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:
+def training_rows(args: TrainOptions, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:
     """The scores (N,), float32, and the ids (N, 2) of all rows, and the sampler of those that are trained on.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gcl_kernels.training.feeding import Batch
 from gcl_kernels.training.objective import Objective, start_logits
 from gcl_kernels.training.openclip import freeze_unused, hold_frozen
 from gcl_kernels.training.processes import Processes
+from gcl_kernels.training.train_options import TrainOptions
 
 OF_LOGITS = ("logit_scale", "logit_bias")
 """Parameters that belong to no tower."""
@@ -36,7 +36,7 @@ class Learner:
         InputError: the options lock all that the fields use.
     """
 
-    def __init__(self, args: argparse.Namespace, group: Processes, model: Any, encoder: FieldEncoder) -> None:
+    def __init__(self, args: TrainOptions, group: Processes, model: Any, encoder: FieldEncoder) -> None:
         self._args, self._group, self.model, self.encoder = args, group, model, encoder
         self.micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
         start_logits(model, args)
@@ -162,7 +162,7 @@ class Learner:
             self.scaler.load_state_dict(content["scaler"])
 
 
-def freeze(model: Any, encoder: FieldEncoder, args: argparse.Namespace) -> None:
+def freeze(model: Any, encoder: FieldEncoder, args: TrainOptions) -> None:
     """Freeze the locked towers whole (open_clip's own lock leaves the projection of a Hugging Face tower), and what no
     field uses: processes would wait for its gradient.
 

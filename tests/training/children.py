@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 
 from gcl_kernels.training import checkpoint, inputs, processes, validation
-from gcl_kernels.training import train as training
+from gcl_kernels.training import run as training
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.folder import RunFolder
 from gcl_kernels.training.openclip import import_open_clip

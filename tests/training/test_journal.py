@@ -10,7 +10,7 @@ import pytest
 from gcl_kernels.training import journal
 from gcl_kernels.training.journal import Journal, clock
 from gcl_kernels.training.options import Parser, parse_args, program
-from gcl_kernels.training.train import train
+from gcl_kernels.training.run import train
 from gcl_kernels.training.validation import TABLE_METRICS
 
 

@@ -16,7 +16,7 @@ from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.openclip import TINY_MODEL, freeze_unused, import_open_clip
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import learning_rate, train
+from gcl_kernels.training.run import learning_rate, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]

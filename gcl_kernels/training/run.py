@@ -4,12 +4,11 @@
         --weight-key score
     torchrun --nproc-per-node 8 -m gcl_kernels.training ...
 
-The options are those of `gcl_kernels.training.options`.
+The options are `gcl_kernels.training.TrainOptions`.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import signal
 import time
@@ -35,6 +34,7 @@ from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.ranking import Evaluation
 from gcl_kernels.training.stopping import Stopped, Stopper
 from gcl_kernels.training.tracking import Tracker, expect_packages
+from gcl_kernels.training.train_options import TrainOptions
 from gcl_kernels.training.validation import Validation
 
 READ_SECONDS = 2.0
@@ -60,7 +60,7 @@ class Run:
     table: str = ""
 
 
-def train(args: argparse.Namespace) -> Run:
+def train(args: TrainOptions) -> Run:
     """Check, read, train, save, evaluate. `args` are those of `parse_args`.
 
     Writes `LOGS/NAME/checkpoints/epoch_N.pt`, which `open_clip.create_model(MODEL, pretrained=FILE)` loads,
@@ -94,9 +94,7 @@ def train(args: argparse.Namespace) -> Run:
 class _Training:
     """A run of one process among several."""
 
-    def __init__(
-        self, args: argparse.Namespace, group: processes.Processes, folder: RunFolder, stopper: Stopper
-    ) -> None:
+    def __init__(self, args: TrainOptions, group: processes.Processes, folder: RunFolder, stopper: Stopper) -> None:
         self.args, self.group, self.folder, self.stopper = args, group, folder, stopper
         self.started = time.perf_counter()
         self.result = Run()
