@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.feeding import Batch, Feeder, Place
 from gcl_kernels.training.files import write_json_atomically
 from gcl_kernels.training.folder import RunFolder
-from gcl_kernels.training.inputs import TestFiles, expect_files, read_tests, read_training, training_rows
+from gcl_kernels.training.inputs import Tables, TestFiles, expect_files, read_tests, read_training, training_rows
 from gcl_kernels.training.journal import Journal
 from gcl_kernels.training.learner import Learner
 from gcl_kernels.training.memory import peak_memory, reset_peak_memory, shown_peak
@@ -60,31 +61,46 @@ class Run:
     table: str = ""
 
 
-def train(args: TrainOptions) -> Run:
-    """Check, read, train, save, evaluate. `args` are those of `parse_args`.
+def train(options: TrainOptions, pairs: Any = None, tests: Mapping[str, Any] | None = None) -> Run:
+    """Check, read, train, save, evaluate.
+
+    Args:
+        options: all that the command line has.
+        pairs: the training rows in memory, in the place of `options.train_data`: a pandas DataFrame, a pyarrow Table or
+            another table of Arrow's, or an iterable of mappings `{column: value}`. `options.image_root`, or the current
+            folder, is what relative image paths start from.
+        tests: such tables by name, for names in `options.val_data` that are no files: `{"held out": frame}`.
 
     Writes `LOGS/NAME/checkpoints/epoch_N.pt`, which `open_clip.create_model(MODEL, pretrained=FILE)` loads,
     `LOGS/NAME/out.log` and `LOGS/NAME/results.json`. Under torchrun every process calls it and all return the same
     losses; the first writes, and evaluates.
 
     Raises:
+        TypeError: a table of a kind that is not read.
         InputError: files or options that cannot be used; nothing to learn; a name that has a run; a checkpoint that
             cannot be resumed or written; a loss that is not finite.
         Stopped: a signal has ended the run, after a checkpoint was saved if a step had been done.
     """
+    if pairs is None and not options.train_data:
+        raise InputError("train_data: expected a file, or pairs beside the options, got neither")
+    if unknown := [name for name in tests or () if name not in options.val_data]:
+        raise InputError(f"tests: expected names in val_data, {options.val_data}, got {unknown}")
+    if pairs is not None:
+        options = replace(options, train_data=options.train_data or "pairs")
+    tables = {**(tests or {}), **({} if pairs is None else {options.train_data: pairs})}
     with processes.start() as group, Stopper() as stopper:
-        folder = RunFolder(args.logs, args.name)
-        training = _Training(args, group, folder, stopper)
+        folder = RunFolder(options.logs, options.name)
+        training = _Training(options, group, folder, stopper, tables)
         try:
-            if args.dry_run:
+            if options.dry_run:
                 group.alone(folder.look)
             else:
-                group.alone(lambda: folder.hold(resumed=bool(args.resume)))
+                group.alone(lambda: folder.hold(resumed=bool(options.resume)))
             return training.run()
         except Stopped as stopped:
             if training.saved:
                 stopped.hint = (
-                    f"--logs {args.logs} --name {args.name} --resume latest goes on after step {training.saved}"
+                    f"--logs {options.logs} --name {options.name} --resume latest goes on after step {training.saved}"
                 )
             raise
         finally:
@@ -94,7 +110,10 @@ def train(args: TrainOptions) -> Run:
 class _Training:
     """A run of one process among several."""
 
-    def __init__(self, args: TrainOptions, group: processes.Processes, folder: RunFolder, stopper: Stopper) -> None:
+    def __init__(
+        self, args: TrainOptions, group: processes.Processes, folder: RunFolder, stopper: Stopper, tables: Tables
+    ) -> None:
+        self.tables = tables
         self.args, self.group, self.folder, self.stopper = args, group, folder, stopper
         self.started = time.perf_counter()
         self.result = Run()
@@ -106,7 +125,7 @@ class _Training:
     def run(self) -> Run:
         args, group = self.args, self.group
         # What takes seconds comes before what may take hours: a fault in it would come late.
-        expect_files(args)
+        expect_files(args, self.tables)
         expect_packages(args.report_to)
         content = checkpoints.resume(args.resume, self.folder.checkpoints) if args.resume else None
         torch.manual_seed(args.seed)
@@ -129,8 +148,8 @@ class _Training:
             self.folder.expect_room(self.learner.checkpoint_bytes)
 
         say = self.journal.say
-        self.pairs = read_training(args, say)
-        tests = read_tests(args, say) if group.first else TestFiles()
+        self.pairs = read_training(args, say, self.tables)
+        tests = read_tests(args, say, self.tables) if group.first else TestFiles()
         self.scores, self.ids, self.sampler = training_rows(args, self.pairs, group.world)
         per_epoch = self.sampler.batches_per_epoch
         self.steps = args.epochs * per_epoch if args.steps is None else args.steps

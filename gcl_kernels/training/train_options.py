@@ -85,6 +85,9 @@ class TrainOptions:
     query_id_key: str | None = _data(None, "column that identifies the query; default: the left columns together")
     doc_id_key: str | None = _data(None, "column that identifies the document; default: the right columns together")
     csv_separator: str | None = _data(None, "default: a tab for .tsv, else a comma")
+    image_root: str | None = _data(
+        None, "folder that relative image paths start from; default: that of the file which names them", metavar="DIR"
+    )
     skip_bad_rows: bool = _data(False, "leave bad rows out and say which, instead of stopping")
     check_images: Literal["decode", "exists", "none"] = _data(
         "decode", "what reading does with image files; those that fail later are missing values"

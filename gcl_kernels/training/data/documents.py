@@ -15,14 +15,19 @@ from gcl_kernels.training.errors import DataError
 
 
 def read_documents(
-    path: str | Path, fields: Mapping[str, str], *, check_images: str = "decode", skip_bad_rows: bool = False
+    path: str | Path,
+    fields: Mapping[str, str],
+    *,
+    check_images: str = "decode",
+    skip_bad_rows: bool = False,
+    image_root: str | Path | None = None,
 ) -> dict[str, dict[str, str]]:
     """Read document metadata, a JSON object `{document id: {field: value}}`, keeping the named fields.
 
     What a value is follows the rules of `data.values`, and an id is text, without white space at its ends. Image values
-    become absolute paths; a field that a document lacks is "". Documents without any of the fields are kept: what to do
-    with them is for the caller to say. Ids that come twice are counted in a printed line, and so are bad documents with
-    `skip_bad_rows`, which leaves them out.
+    become absolute paths, from `image_root` or else the file's own folder; a field that a document lacks is "". Documents
+    without any of the fields are kept: what to do with them is for the caller to say. Ids that come twice are counted in a
+    printed line, and so are bad documents with `skip_bad_rows`, which leaves them out.
 
     Raises:
         DataError: a missing file, text that is no JSON (with its line), another structure, a field that no document has;
@@ -49,7 +54,7 @@ def read_documents(
             f"{name}, line 1: expected a JSON object {{document id: {{field: value}}}}, got another structure"
         )
 
-    folder = str(path.parent.resolve())
+    folder = str(Path(path.parent if image_root is None else image_root).resolve())
     images = ImageCheck(check_images)
     documents: dict[str, dict[str, str]] = {}
     seen: set[str] = set()
