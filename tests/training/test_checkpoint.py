@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gcl_kernels.training import checkpoint
+from gcl_kernels.training import checkpoint, preparing
 from gcl_kernels.training import run as training
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import write_atomically
@@ -32,7 +32,7 @@ def options(tmp_path):
 
 
 def test_a_run_killed_and_resumed_is_the_run_that_was_never_killed(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "create_model", with_dropout(training.create_model))
+    monkeypatch.setattr(preparing, "create_model", with_dropout(preparing.create_model))
     whole = training.train(parse_args([*options, "--name=whole"]))
     again = [*options, "--name=killed", "--save-steps=2", "--resume=latest"]
     # In the 4th step, one after a checkpoint; while the second checkpoint after that is written.

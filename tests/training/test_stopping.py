@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
+from gcl_kernels.training import preparing, validation
 from gcl_kernels.training import run as training
-from gcl_kernels.training import validation
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.stopping import Stopped, Stopper
@@ -43,7 +43,7 @@ def raising(function, count, name, monkeypatch, where):
 def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_numbers(
     options, tmp_path, monkeypatch, capsys, name, status
 ):
-    monkeypatch.setattr(training, "create_model", with_dropout(training.create_model))
+    monkeypatch.setattr(preparing, "create_model", with_dropout(preparing.create_model))
     whole = training.train(parse_args([*options, "--name=whole"]))
     with monkeypatch.context() as patch:
         raising("step", 2, name, patch, torch.optim.AdamW)
@@ -86,7 +86,7 @@ def test_a_run_stopped_in_its_evaluation_has_saved_before_and_evaluates_when_it_
 
 
 def test_before_the_first_step_there_is_nothing_to_go_on_from(options, tmp_path, monkeypatch, capsys):
-    raising("create_model", 1, "SIGTERM", monkeypatch, training)
+    raising("create_model", 1, "SIGTERM", monkeypatch, preparing)
     assert main(options) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM: nothing is saved yet\n"
     assert not (tmp_path / "run").exists()

@@ -14,9 +14,10 @@ from PIL import Image
 
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.loop import learning_rate
 from gcl_kernels.training.openclip import TINY_MODEL, freeze_unused, import_open_clip
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.run import learning_rate, train
+from gcl_kernels.training.run import train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
