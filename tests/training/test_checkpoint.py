@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gcl_kernels.training import checkpoint, preparing
+from gcl_kernels.training import checkpoint, learner, preparing
 from gcl_kernels.training import run as training
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import write_atomically
@@ -46,6 +46,7 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_never_killed(options, tmp_
     assert_equal(expected["state_dict"], got["state_dict"])
     assert_equal(expected["optimizer"], got["optimizer"])
     assert_equal(expected["gcl_kernels"]["random"], got["gcl_kernels"]["random"])
+    assert got["optimizer"]["param_groups"][0]["fused"]
 
 
 def test_a_run_killed_before_its_results_are_written_evaluates_once(options, tmp_path):
@@ -60,6 +61,21 @@ def test_a_run_killed_before_its_results_are_written_evaluates_once(options, tmp
     assert [line["step"] for line in whole["history"]] == [1, 2]
     for key in ("loss", "history", "metrics", "per_query"):
         assert again[key] == whole[key]
+
+
+def test_a_run_goes_on_with_the_optimiser_that_it_was_begun_with(options, monkeypatch):
+    """Former versions updated weight by weight, which rounds otherwise than one kernel for all."""
+    options = [*options, "--precision=amp", "--steps=2", "--keep-last=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "FUSED", ())
+        before = training.train(parse_args([*options, "--name=before", "--save-steps=1"]))
+    resumed = training.train(
+        parse_args([*options, "--name=now", f"--resume={before.checkpoint.with_name('step_1.pt')}"])
+    )
+    assert resumed.losses == before.losses
+    expected, got = (torch.load(run.checkpoint, weights_only=True) for run in (before, resumed))
+    assert_equal(expected["state_dict"], got["state_dict"])
+    assert_equal(expected["optimizer"], got["optimizer"])
 
 
 def assert_equal(expected, got):
@@ -120,7 +136,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_the_one_before_is_used
     found = checkpoint.resume("last-good", tmp_path)
     assert found is not None
     assert (found[0].name, found[1]["epoch"]) == ("step_2.pt", 2)
-    assert f"passed over: {tmp_path / 'step_4.pt'}: expected" in capsys.readouterr().out
+    assert f"passed over: {tmp_path / 'step_2.pt'}: expected" in capsys.readouterr().out
 
 
 def test_with_no_good_checkpoint_at_all_every_reason_is_said(tmp_path):
