@@ -56,20 +56,22 @@ class LogFile(logging.Handler):
 
 
 def logger_of_run(path: Path | None, *, first: bool) -> logging.Logger:
-    """The logger of one run, a child of `gcl_kernels.training`, which gets all records too, with that one's level or INFO.
+    """The logger of one run: to the screen, to `path`, and to the handlers of the logger `gcl_kernels.training`.
 
-    It writes to the screen, unless a handler of the caller does so, and to `path`.
+    That logger's level counts, else it is INFO. With a handler of its own on the screen, the run adds none. The root logger
+    gets nothing: open_clip gives it a handler by the way, and every line would come twice.
     """
     parent = logging.getLogger(NAME)
     # Of its own, since a process may do several runs.
-    logger = logging.Logger(f"{NAME}.run", logging.NOTSET if parent.level else logging.INFO)
-    logger.parent = parent
+    logger = logging.Logger(f"{NAME}.run", parent.level or logging.INFO)
+    logger.propagate = False
     logger.addFilter(OfFirstProcess(first))
-    streams = [getattr(handler, "stream", None) for handler in (*parent.handlers, *logging.getLogger().handlers)]
-    if not any(stream is not None and stream in (sys.stdout, sys.stderr) for stream in streams):
+    if not any(getattr(handler, "stream", None) in (sys.stdout, sys.stderr) for handler in parent.handlers):
         logger.addHandler(Screen())
     if path is not None and first:
         logger.addHandler(LogFile(path))
+    for handler in parent.handlers:
+        logger.addHandler(handler)
     return logger
 
 

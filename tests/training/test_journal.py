@@ -123,25 +123,25 @@ def test_what_is_missing_is_one_line(capsys):
 
 
 def test_a_run_speaks_through_logging(tmp_path, monkeypatch, capsys, caplog):
-    caplog.set_level(logging.DEBUG)
+    logger, name = logging.getLogger("gcl_kernels.training"), "gcl_kernels.training.run"
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])  # as open_clip leaves it
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
     said = Journal(tmp_path / "out.log", every=1)
     said.say("a word")
     said.warn("take care")
     heard = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
-    name = "gcl_kernels.training.run"
     assert heard == [(name, "INFO", "a word"), (name, "WARNING", "warning: take care")]
-    assert capsys.readouterr().out == "a word\nwarning: take care\n"
+    assert capsys.readouterr() == ("a word\nwarning: take care\n", "")
     assert re.fullmatch(
         r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  .*\n){2}", (tmp_path / "out.log").read_text(encoding="utf-8")
     )
     # A level that the caller has set counts, and a handler of the caller's on the screen is not doubled.
-    logger = logging.getLogger("gcl_kernels.training")
     monkeypatch.setattr(logger, "level", logging.WARNING)
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(sys.stdout)])
     said = Journal(None, every=1)
     said.say("a word")
     said.warn("take care")
-    assert capsys.readouterr().out == "warning: take care\n"
+    assert capsys.readouterr() == ("warning: take care\n", "")
 
 
 def test_results_are_written_as_the_run_goes(tmp_path, monkeypatch):
