@@ -117,12 +117,13 @@ def read_tests(args: TrainOptions, say: Callable[[str], None], tables: Tables) -
                     check_images=args.check_images,
                     skip_bad_rows=args.skip_bad_rows,
                     image_root=args.image_root,
+                    say=say,
                 )
                 if path in metas
                 else corpus_of(pairs)
             )
-        known_documents(path, pairs, tests.corpora[meta])
-        say_contradictions(path, pairs)
+        known_documents(path, pairs, tests.corpora[meta], say)
+        say_contradictions(path, pairs, say)
         if new:
             expect_fields(meta, tests.corpora[meta], list(kinds), say)
         pairs.scores = spread(torch.tensor(pairs.scores, dtype=torch.float64), args.score_scaling).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def prepare(around: Surroundings) -> Prepared:
     args, group, say = around.options, around.group, around.journal.say
     expect_files(args, around.tables)
     expect_packages(args.report_to)
-    content = checkpoints.resume(args.resume, around.folder.checkpoints) if args.resume else None
-    encoder, tokenizer = encoder_of(args, group)
+    content = checkpoints.resume(args.resume, around.folder.checkpoints, say) if args.resume else None
+    encoder, tokenizer = encoder_of(args, group, say)
     learner = Learner(args, group, encoder.model, encoder)
     if content:
         learner.load(*content)
@@ -105,7 +106,7 @@ def prepare(around: Surroundings) -> Prepared:
     return run
 
 
-def encoder_of(args: TrainOptions, group: Processes) -> tuple[FieldEncoder, Any]:
+def encoder_of(args: TrainOptions, group: Processes, say: Callable[[str], None]) -> tuple[FieldEncoder, Any]:
     """The model as it is before training, with what makes its inputs, and its tokenizer."""
     torch.manual_seed(args.seed)
     model, tokenizer, preprocess = group.in_turn(
@@ -117,7 +118,7 @@ def encoder_of(args: TrainOptions, group: Processes) -> tuple[FieldEncoder, Any]
             biased=args.loss == "sigmoid",
         )
     )
-    return FieldEncoder(model, tokenizer, preprocess, workers=args.workers), tokenizer
+    return FieldEncoder(model, tokenizer, preprocess, workers=args.workers, say=say), tokenizer
 
 
 def go_on(run: Prepared, path: Path, ours: dict[str, Any]) -> None:
