@@ -52,6 +52,8 @@ def train(options: TrainOptions, pairs: Any = None, tests: Mapping[str, Any] | N
         raise InputError(f"tests: expected names in val_data, {options.val_data}, got {unknown}")
     if pairs is not None:
         options = replace(options, train_data=options.train_data or "pairs")
+        if options.train_data in (tests or {}):
+            raise InputError(f"tests: expected other names than that of the training rows, got '{options.train_data}'")
     tables = {**(tests or {}), **({} if pairs is None else {options.train_data: pairs})}
     with processes.start() as group, Stopper() as stopper:
         reset_peak_memory(group.device)

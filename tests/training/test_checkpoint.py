@@ -136,7 +136,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_the_one_before_is_used
     found = checkpoint.resume("last-good", tmp_path)
     assert found is not None
     assert (found[0].name, found[1]["epoch"]) == ("step_2.pt", 2)
-    assert f"passed over: {tmp_path / 'step_2.pt'}: expected" in capsys.readouterr().out
+    assert f"passed over: {tmp_path / 'step_4.pt'}: expected" in capsys.readouterr().out
 
 
 def test_with_no_good_checkpoint_at_all_every_reason_is_said(tmp_path):

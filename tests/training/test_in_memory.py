@@ -104,6 +104,8 @@ def test_a_run_on_tables_is_the_run_on_their_files(folder):
     assert of_tables.evaluations["held out"].means == of_files.evaluations[str(file)].means
     with pytest.raises(InputError, match=r"tests: expected names in val_data, \[\], got \['held out'\]"):
         train(TrainOptions(**common), ROWS, {"held out": ROWS})
+    with pytest.raises(InputError, match="tests: expected other names than that of the training rows, got 'pairs'"):
+        train(TrainOptions(val_data=["pairs"], **common), ROWS, {"pairs": ROWS})
     with pytest.raises(InputError, match="train_data: expected a file, or pairs beside the options, got neither"):
         train(TrainOptions(**common))
 
