@@ -1,4 +1,4 @@
-"""`python -m gcl_kernels.training`: see `gcl_kernels.training.train`."""
+"""`python -m gcl_kernels.training`: see `gcl_kernels.training.run`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from gcl_kernels.training.errors import ElsewhereError, InputError
 from gcl_kernels.training.options import parse_args
+from gcl_kernels.training.run import train
 from gcl_kernels.training.stopping import Stopped
-from gcl_kernels.training.train import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gcl_kernels import score_to_weight
 from gcl_kernels.training.inputs import pair_file, training_rows
-from gcl_kernels.training.options import weighting
 from gcl_kernels.training.sampler import Sampler
+from gcl_kernels.training.train_options import TrainOptions, weights_of
 
 LITTLE = 0.1
 """A document has little weight where its best pair weighs less than this share of the mean pair."""
@@ -38,16 +36,16 @@ class BatchStatistics:
     without_weight: float
 
 
-def batch_statistics(args: argparse.Namespace) -> BatchStatistics:
+def batch_statistics(args: TrainOptions) -> BatchStatistics:
     """The statistics of the run that `args`, of `parse_args`, describe; its training file is read."""
     return statistics_of(args, *training_rows(args, pair_file(args, args.train_data, check_images="none")))
 
 
 def statistics_of(
-    args: argparse.Namespace, scores: Tensor, ids: Tensor, sampler: Sampler, most: int | None = None
+    args: TrainOptions, scores: Tensor, ids: Tensor, sampler: Sampler, most: int | None = None
 ) -> BatchStatistics:
     """`batch_statistics` of what `training_rows` has returned, over the first `most` batches."""
-    weigh = score_to_weight(args.score_to_weight, **weighting(args))
+    weigh = weights_of(args)
     batches = sampler.first(most)
     keep = args.false_negatives == "keep"
     rows, effective, floors, no_negatives, no_weight = [], [], [], [], []

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def find(resume: str, folder: Path) -> Iterator[Path]:
         yield Path(resume)
 
 
-def resume(resume_from: str, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def resume(resume_from: str, folder: Path, say: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `--resume` names, or None where a run has none yet.
 
     Raises:
@@ -145,7 +145,7 @@ def resume(resume_from: str, folder: Path) -> tuple[Path, dict[str, Any]] | None
         except InputError as error:
             refused.append(str(error))
             if resume_from == "last-good":
-                print(f"passed over: {error}")
+                say(f"passed over: {error}")
     if refused:
         raise InputError("\n".join(refused))
     return None

@@ -18,7 +18,7 @@ from gcl_kernels.training.glyphs import LEVELS, GlyphSet, build, render
 from gcl_kernels.training.memory import shown_peak
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.ranking import Evaluation
-from gcl_kernels.training.train import Run, train
+from gcl_kernels.training.run import Run, train
 from gcl_kernels.training.validation import Line, metrics_table
 
 RUNS = {"CLIP": "constant", "GCL": "log"}

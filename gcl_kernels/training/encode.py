@@ -54,7 +54,7 @@ class FieldEncoder:
     """Turns cells into inputs of an open_clip model, and into embeddings.
 
     Token ids are kept for `TEXTS_KEPT` texts and preprocessed images up to `CACHE_BYTES`. An image that cannot be read is
-    a missing value; `lost` holds the paths of those met so far.
+    a missing value; `lost` holds the paths of those met so far, and `say` is told of the first ones.
     """
 
     def __init__(
@@ -64,9 +64,11 @@ class FieldEncoder:
         preprocess: Callable[[Any], Tensor],
         *,
         workers: int = 4,
+        say: Callable[[str], None] = tqdm.write,
     ) -> None:
         self.model = model
         self.lost: dict[str, str] = {}
+        self._say = say
         self._towers = TwoTower(model)
         self._tokenizer = tokenizer
         self._preprocess = preprocess
@@ -150,7 +152,7 @@ class FieldEncoder:
                 raise
             self.lost[path] = fault
             if len(self.lost) <= LINES_SHOWN:
-                tqdm.write(f"expected a readable image, got {fault}; a missing value from now on")
+                self._say(f"expected a readable image, got {fault}; a missing value from now on")
             return self._blank()
 
     def _blank(self) -> Tensor:

@@ -85,7 +85,9 @@ def from_model(args: argparse.Namespace) -> tuple[Evaluation, dict[str, Any]]:
     for line in args.notes:
         print(line)
     pairs = judged_pairs(args, left[0])
-    documents = read_documents(args.doc_meta, right[0], check_images="none", skip_bad_rows=True)
+    documents = read_documents(
+        args.doc_meta, right[0], check_images="none", skip_bad_rows=True, image_root=args.image_root
+    )
     known_documents(args.test_csv, pairs, documents)
     scaled = spread(torch.tensor(pairs.scores, dtype=torch.float64), args.score_scaling).tolist()
     grades, given, which = ground_truth(args, replace(pairs, scores=scaled))
@@ -136,6 +138,7 @@ def judged_pairs(args: argparse.Namespace, left: dict[str, str]) -> Pairs:
     pairs = read_pairs(
         args.test_csv, left, {args.doc_id_key: "txt"}, args.weight_key, query_id_key=args.query_id_key,
         document_id_key=args.doc_id_key, skip_bad_rows=True, separator=args.csv_separator, dataset_type=args.dataset_type,
+        image_root=args.image_root,
     )  # fmt: skip
     if pairs.bad_count:
         print(

@@ -38,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--test-csv", "--test_csv", "--val-data", metavar="FILE", help="judged pairs: CSV, TSV, Parquet or webdataset"
     )
     data.add_argument("--doc-meta", metavar="FILE", help="JSON {id: {field: value}}, the corpus")
+    data.add_argument("--image-root", metavar="DIR",
+                      help="folder that relative image paths start from; default: that of the file which names them")  # fmt: skip
     data.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
     data.add_argument("--dataset-type", choices=("auto", "csv", "parquet", "webdataset"), default="auto",
                       help="auto: by the file's ending")  # fmt: skip

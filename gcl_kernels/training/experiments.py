@@ -7,7 +7,7 @@
 A variant is a score-to-weight function and, each after a `+`, options of the training command. The first of a comparison
 is its baseline: by default `constant`, which is plain cross-entropy, against every function.
 
-Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json exists is not run
+Every cell (data set, variant, seed) is a training run in a fresh process; a cell whose results.json is finished is not run
 again, so that the command can be stopped and repeated (one that ran with other options or files is refused). Runs of one seed
 differ in the variant alone: same data, initial weights, batches and steps. `--report FILE` writes the tables of what
 there is, in Markdown. Commands that differ in `--section NAME` write a section each of one file.
@@ -35,7 +35,7 @@ from gcl_kernels.training.batches import LITTLE, batch_statistics
 from gcl_kernels.training.checkpoint import PLACES
 from gcl_kernels.training.experiment_data import DATA, Files
 from gcl_kernels.training.experiment_tables import METRICS, Cells, differences_to_first, summary_row, table_of_test
-from gcl_kernels.training.folder import NOT_IN_NAMES
+from gcl_kernels.training.folder import NOT_IN_NAMES, finished
 from gcl_kernels.training.splits import SPLITS
 
 BASELINE = "constant"
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed, ran = [], False
     # All variants of a seed before the next seed: what is there at any time is a fair comparison.
     for seed in () if args.report_only else range(args.seeds):
-        missing = [cell for cell in cells if cell[2] == seed and not results_file(args.out, *cell).exists()]
+        missing = [cell for cell in cells if cell[2] == seed and not finished(results_file(args.out, *cell))]
         if missing and ran:
             write_report(args, files)
         progress = tqdm(missing, desc=f"seed {seed}", unit="cell", disable=not missing)
@@ -147,7 +147,7 @@ def run_argv(args: argparse.Namespace, name: str, variant: str, seed: int, files
 def check_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> None:
     """Refuse a cell that ran with other options than it would now; where files lie does not matter."""
     results = results_file(args.out, name, variant, seed)
-    if not results.exists():
+    if not finished(results):
         return
     then = json.loads(results.read_text(encoding="utf-8")).get("options", {})
     now = vars(training_options.parse_args(run_argv(args, name, variant, seed, files)))
@@ -177,10 +177,11 @@ def parts_of(args: argparse.Namespace, name: str, files: Files) -> made_from.Par
 
 
 def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files: Files) -> bool:
-    """Train once in a fresh process, whose output goes to log.txt; True when results.json is there afterwards."""
+    """Train once in a fresh process, whose output goes to log.txt; True when it has finished."""
     results = results_file(args.out, name, variant, seed)
     results.parent.mkdir(parents=True, exist_ok=True)
     # What a run that was broken off has left: a cell begins anew.
+    results.unlink(missing_ok=True)
     shutil.rmtree(results.with_name("checkpoints"), ignore_errors=True)
     command = [sys.executable, "-m", "gcl_kernels.training", *run_argv(args, name, variant, seed, files)]
     with results.with_name("log.txt").open("w", encoding="utf-8") as log:
@@ -189,9 +190,10 @@ def run_cell(args: argparse.Namespace, name: str, variant: str, seed: int, files
         )
     # A hundred megabytes each; a cell is its results.
     shutil.rmtree(results.with_name("checkpoints"), ignore_errors=True)
-    if results.exists():
+    done = finished(results)
+    if done:
         made_from.record(results, parts_of(args, name, files))
-    return results.exists()
+    return done
 
 
 def write_report(args: argparse.Namespace, files: Mapping[str, Files]) -> None:
@@ -278,7 +280,7 @@ def comparison_lines(args: argparse.Namespace, files: Mapping[str, Files], compa
 def read_cells(args: argparse.Namespace, name: str, variant: str) -> dict[int, dict]:
     """`{seed: results.json}` of the cells that are there."""
     paths = {seed: results_file(args.out, name, variant, seed) for seed in range(args.seeds)}
-    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()}
+    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if finished(path)}
 
 
 def of_test(results: Mapping[int, dict], test: Path) -> Cells:

@@ -76,7 +76,7 @@ class RunFolder:
 
     @property
     def used(self) -> bool:
-        return self.results.exists() or any(self.checkpoints.glob("*.pt"))
+        return finished(self.results) or any(self.checkpoints.glob("*.pt"))
 
     def expect_room(self, size: int) -> None:
         """Raise InputError where a checkpoint of `size` bytes does not fit on the disk."""
@@ -103,6 +103,15 @@ class RunFolder:
         for folder in (self.checkpoints, self.path, Path(self.logs)):
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def finished(results: Path) -> bool:
+    """Whether a results.json is that of a run which has done its last step; one that goes, or was killed, says so."""
+    try:
+        with results.open(encoding="utf-8", errors="replace") as file:
+            return '"finished": false' not in file.read(100)
+    except OSError:
+        return results.exists()
 
 
 def portable(name: str) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ from gcl_kernels.training.errors import DataError, EmptyError
 from gcl_kernels.training.ranking import corpus_of, known_documents, minmax, say_contradictions
 from gcl_kernels.training.sampler import Sampler
 from gcl_kernels.training.scaling import spread
+from gcl_kernels.training.train_options import TrainOptions
 
 Documents = dict[str, dict[str, str]]
 """`{id: {field: value}}`."""
+
+Tables = Mapping[str, Any]
+"""Tables in memory by the names that stand for them among the files of a run."""
 
 
 @dataclass
@@ -32,7 +36,7 @@ class TestFiles:
     corpus_of: dict[str, str] = field(default_factory=dict)
 
 
-def columns_of(args: argparse.Namespace) -> Columns:
+def columns_of(args: TrainOptions) -> Columns:
     """What the columns of the run's files mean."""
     left, right = (
         dict(zip(keys, kinds, strict=True))
@@ -41,32 +45,34 @@ def columns_of(args: argparse.Namespace) -> Columns:
     return Columns(left, right, args.weight_key, args.query_id_key, args.doc_id_key)
 
 
-def pair_file(args: argparse.Namespace, path: str, *, check_images: str, ids_alone: bool = False) -> PairFile:
+def pair_file(
+    args: TrainOptions, path: str, *, check_images: str, ids_alone: bool = False, table: Any = None
+) -> PairFile:
     """One of the run's files; of its documents the ids alone where a corpus has their fields, as in `evaluate`."""
     columns = columns_of(args)
     if ids_alone:
         columns = replace(columns, right={args.doc_id_key: "txt"})
     return PairFile(
         path, columns, separator=args.csv_separator, dataset_type=args.dataset_type, check_images=check_images,
-        skip_bad_rows=args.skip_bad_rows,
+        skip_bad_rows=args.skip_bad_rows, image_root=args.image_root, table=table,
     )  # fmt: skip
 
 
-def expect_files(args: argparse.Namespace) -> None:
+def expect_files(args: TrainOptions, tables: Tables) -> None:
     """Raise DataError for a test file that is not there, before the training file, a large one, is read.
 
     A name that may stand for others is left to its reader.
     """
     for path in (*args.val_data, *args.doc_meta):
-        if not (os.path.lexists(path) or set(str(path)) & set("*?[{")):
+        if path not in tables and not (os.path.lexists(path) or set(str(path)) & set("*?[{")):
             raise DataError(f"{path}: expected a readable file, got '{os.strerror(2)}'")
 
 
 def read_pair_file(
-    args: argparse.Namespace, path: str, say: Callable[[str], None], *, ids_alone: bool = False
+    args: TrainOptions, path: str, say: Callable[[str], None], tables: Tables, *, ids_alone: bool = False
 ) -> PairFile:
-    """One of the run's files, and what it holds in words."""
-    pairs = pair_file(args, path, check_images=args.check_images, ids_alone=ids_alone)
+    """One of the run's files or tables, and what it holds in words."""
+    pairs = pair_file(args, path, check_images=args.check_images, ids_alone=ids_alone, table=tables.get(path))
     queries, documents = (len(ids.unique()) for ids in (pairs.query_numbers, pairs.document_numbers))
     say(f"{path}: {len(pairs)} pairs, {queries} queries, {documents} documents")
     if pairs.bad_count:
@@ -75,17 +81,17 @@ def read_pair_file(
     return pairs
 
 
-def read_training(args: argparse.Namespace, say: Callable[[str], None]) -> PairFile:
-    """The `--train-data` file."""
-    pairs = read_pair_file(args, args.train_data, say)
+def read_training(args: TrainOptions, say: Callable[[str], None], tables: Tables) -> PairFile:
+    """The `--train-data` file or table."""
+    pairs = read_pair_file(args, args.train_data, say, tables)
     if count := repeated_pairs(pairs):
         say(f"warning: {args.train_data}: {count} pairs of query and document come more than once, with different scores; all "
             f"of their rows are trained on")  # fmt: skip
     return pairs
 
 
-def read_tests(args: argparse.Namespace, say: Callable[[str], None]) -> TestFiles:
-    """The `--val-data` and `--doc-meta` files.
+def read_tests(args: TrainOptions, say: Callable[[str], None], tables: Tables) -> TestFiles:
+    """The `--val-data` and `--doc-meta` files or tables.
 
     Raises:
         DataError: as their readers; a corpus without any value of the right fields, or without any judged document.
@@ -95,7 +101,9 @@ def read_tests(args: argparse.Namespace, say: Callable[[str], None]) -> TestFile
     metas = dict(zip(args.val_data, args.doc_meta, strict=False))
     for path in args.val_data:
         try:
-            pairs = read_pair_file(args, path, say, ids_alone=path in metas and args.doc_id_key is not None).take()
+            pairs = read_pair_file(
+                args, path, say, tables, ids_alone=path in metas and args.doc_id_key is not None
+            ).take()
         except EmptyError as error:
             say(f"{error}; passed over")
             continue
@@ -103,12 +111,19 @@ def read_tests(args: argparse.Namespace, say: Callable[[str], None]) -> TestFile
         new = meta not in tests.corpora
         if new:
             tests.corpora[meta] = (
-                read_documents(meta, kinds, check_images=args.check_images, skip_bad_rows=args.skip_bad_rows)
+                read_documents(
+                    meta,
+                    kinds,
+                    check_images=args.check_images,
+                    skip_bad_rows=args.skip_bad_rows,
+                    image_root=args.image_root,
+                    say=say,
+                )
                 if path in metas
                 else corpus_of(pairs)
             )
-        known_documents(path, pairs, tests.corpora[meta])
-        say_contradictions(path, pairs)
+        known_documents(path, pairs, tests.corpora[meta], say)
+        say_contradictions(path, pairs, say)
         if new:
             expect_fields(meta, tests.corpora[meta], list(kinds), say)
         pairs.scores = spread(torch.tensor(pairs.scores, dtype=torch.float64), args.score_scaling).tolist()
@@ -138,7 +153,7 @@ def repeated_pairs(pairs: PairFile) -> int:
     return int((low < high).sum())
 
 
-def training_rows(args: argparse.Namespace, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:
+def training_rows(args: TrainOptions, pairs: PairFile, world: int = 1) -> tuple[Tensor, Tensor, Sampler]:
     """The scores (N,), float32, and the ids (N, 2) of all rows, and the sampler of those that are trained on.
 
     Raises:

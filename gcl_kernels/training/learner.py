@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,13 @@ from gcl_kernels.training.feeding import Batch
 from gcl_kernels.training.objective import Objective, start_logits
 from gcl_kernels.training.openclip import freeze_unused, hold_frozen
 from gcl_kernels.training.processes import Processes
+from gcl_kernels.training.train_options import TrainOptions
 
 OF_LOGITS = ("logit_scale", "logit_bias")
 """Parameters that belong to no tower."""
+
+FUSED = {"cpu", "cuda"}
+"""Types of devices on which AdamW updates all weights by one kernel; on a CPU that is many times faster."""
 
 
 class Learner:
@@ -36,7 +39,7 @@ class Learner:
         InputError: the options lock all that the fields use.
     """
 
-    def __init__(self, args: argparse.Namespace, group: Processes, model: Any, encoder: FieldEncoder) -> None:
+    def __init__(self, args: TrainOptions, group: Processes, model: Any, encoder: FieldEncoder) -> None:
         self._args, self._group, self.model, self.encoder = args, group, model, encoder
         self.micro_batch = args.mini_batch_size or (args.batch_size if args.accum_freq > 1 else None)
         start_logits(model, args)
@@ -44,17 +47,8 @@ class Learner:
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
 
-        # As in open_clip, gains and biases do not decay.
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [weight for weight in self._trained if weight.ndim < 2], "weight_decay": 0.0},
-                {"params": [weight for weight in self._trained if weight.ndim >= 2], "weight_decay": args.wd},
-            ],
-            lr=args.lr,
-            betas=(args.beta1, args.beta2),
-            eps=args.eps,
-        )
+        self.optimizer = self._new_optimizer(fused=group.device.type in FUSED)
         device = group.device
         precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
         dtype = torch.float16 if precision == "amp" else torch.bfloat16
@@ -63,6 +57,20 @@ class Learner:
 
         self._objective = Objective(args, group.group)
         self._encode: Any = None
+
+    def _new_optimizer(self, *, fused: bool) -> torch.optim.AdamW:
+        """As in open_clip, gains and biases do not decay."""
+        args = self._args
+        return torch.optim.AdamW(
+            [
+                {"params": [weight for weight in self._trained if weight.ndim < 2], "weight_decay": 0.0},
+                {"params": [weight for weight in self._trained if weight.ndim >= 2], "weight_decay": args.wd},
+            ],
+            lr=args.lr,
+            betas=(args.beta1, args.beta2),
+            eps=args.eps,
+            fused=fused,
+        )
 
     def begin(self) -> None:
         """Make ready for steps. In several processes a collective: all come to it at about the same time."""
@@ -152,6 +160,10 @@ class Learner:
             )
         try:
             self.model.load_state_dict(content["state_dict"])
+            # One kernel for all rounds otherwise than the loop over the weights that former versions ran, so a run goes on with
+            # that which it was begun with. It is made anew since the loop does not take the scale of float16 gradients.
+            fused = any(of_group.get("fused") for of_group in content["optimizer"]["param_groups"])
+            self.optimizer = self._new_optimizer(fused=fused and self._group.device.type in FUSED)
             self.optimizer.load_state_dict(content["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -162,7 +174,7 @@ class Learner:
             self.scaler.load_state_dict(content["scaler"])
 
 
-def freeze(model: Any, encoder: FieldEncoder, args: argparse.Namespace) -> None:
+def freeze(model: Any, encoder: FieldEncoder, args: TrainOptions) -> None:
     """Freeze the locked towers whole (open_clip's own lock leaves the projection of a Hugging Face tower), and what no
     field uses: processes would wait for its gradient.
 

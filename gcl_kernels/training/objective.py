@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +11,13 @@ from torch import Tensor
 
 import gcl_kernels
 from gcl_kernels import distributed
-from gcl_kernels.training.options import by_similarity, weighting
+from gcl_kernels.training.train_options import TrainOptions, by_similarity, weighting, weights_of
 
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 """Where SigLIP starts (arXiv 2303.15343): nearly all pairs of a batch are negatives, and it says so."""
 
 
-def start_logits(model: Any, args: argparse.Namespace) -> None:
+def start_logits(model: Any, args: TrainOptions) -> None:
     """Set the scale and, for the sigmoid loss, the bias that training starts from.
 
     A pretrained model keeps its own scale. A bias of 0 is none: open_clip gives it to weights that have no bias.
@@ -43,7 +42,7 @@ class Objective:
     for softmax.
     """
 
-    def __init__(self, args: argparse.Namespace, group: Any) -> None:
+    def __init__(self, args: TrainOptions, group: Any) -> None:
         self._group = group
         self._fields: dict[str, Any] = {
             "lhs_field_weights": dict(zip(args.left_keys, args.left_weights, strict=True)),
@@ -51,7 +50,7 @@ class Objective:
         }
         self._cross_fields = args.cross_field_loss
         if args.loss == "sigmoid":
-            self._weights_of = gcl_kernels.score_to_weight(args.score_to_weight, **weighting(args))
+            self._weights_of = weights_of(args)
             return
         self._weights_of = None
         options: dict[str, Any] = {

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gcl_kernels import score_to_weight
 from gcl_kernels.training.batches import BatchStatistics, statistics_of
 from gcl_kernels.training.data import PairFile
 from gcl_kernels.training.errors import DataError
 from gcl_kernels.training.inputs import TestFiles
-from gcl_kernels.training.options import weighting
 from gcl_kernels.training.ranking import minmax
 from gcl_kernels.training.sampler import Sampler
+from gcl_kernels.training.train_options import TrainOptions, weights_of
 
 NEARLY_ALL = 0.9
 """A share of the rows from which on they are as good as all."""
@@ -66,7 +64,7 @@ class Facts:
 
 
 def facts_of(
-    args: argparse.Namespace, pairs: PairFile, rows: tuple[Tensor, Tensor, Sampler], tokenizer: Callable[..., Tensor]
+    args: TrainOptions, pairs: PairFile, rows: tuple[Tensor, Tensor, Sampler], tokenizer: Callable[..., Tensor]
 ) -> Facts:
     """The facts of a run; `rows` is what `training_rows` has returned."""
     scores, _, sampler = rows
@@ -84,7 +82,7 @@ def facts_of(
     )
     return Facts(
         grades=grades,
-        weights=score_to_weight(args.score_to_weight, **weighting(args)).not_normalized(grades),
+        weights=weights_of(args).not_normalized(grades),
         grade=grade,
         alike=alike,
         scores_alike=most_frequent(pairs.scores[sampler.rows])[1],
@@ -139,7 +137,7 @@ def indistinct(cells: list[str], kind: str, tokenizer: Callable[..., Tensor]) ->
     return "" not in different and len(tokenizer(different).unique(dim=0)) == 1
 
 
-def expect_something_to_learn(args: argparse.Namespace, facts: Facts) -> None:
+def expect_something_to_learn(args: TrainOptions, facts: Facts) -> None:
     """Raise DataError where every step would leave the model as it is."""
     batches = facts.batches
     if not facts.weights.any():
@@ -158,7 +156,7 @@ def expect_something_to_learn(args: argparse.Namespace, facts: Facts) -> None:
         )
 
 
-def warnings_of(args: argparse.Namespace, facts: Facts, tests: TestFiles) -> list[str]:
+def warnings_of(args: TrainOptions, facts: Facts, tests: TestFiles) -> list[str]:
     """What makes a run learn less than it seems to, a line each."""
     batches, found = facts.batches, []
     # The terms of a sigmoid are of one pair each, where a softmax needs a positive and a negative.

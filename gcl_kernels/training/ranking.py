@@ -10,7 +10,7 @@ The command line, with the flags and files of the GCL authors' evaluator, is `gc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,7 +208,7 @@ def fullest_rows(ids: Sequence[str], fields: Mapping[str, Sequence[str]]) -> dic
     return rows
 
 
-def say_contradictions(path: str, pairs: Pairs) -> None:
+def say_contradictions(path: str, pairs: Pairs, say: Callable[[str], None] = print) -> None:
     """Say in one line each: pairs with several scores, and queries whose rows have several texts."""
     scores: dict[tuple[str, str], float] = {}
     several: dict[tuple[str, str], None] = {}
@@ -217,18 +217,18 @@ def say_contradictions(path: str, pairs: Pairs) -> None:
             several[query, document] = None
     if several:
         first = " and ".join(f"'{identity}'" for identity in min(several))
-        print(f"{path}: expected one score for a pair, got more for {len(several)}, first {first}; the highest counts")
+        say(f"{path}: expected one score for a pair, got more for {len(several)}, first {first}; the highest counts")
     texts: dict[str, set[tuple[str, ...]]] = {}
     for query, cells in zip(pairs.query_ids, zip(*pairs.left.values(), strict=True), strict=True):
         texts.setdefault(query, set()).add(cells)
     if different := [query for query, cells in texts.items() if len(cells) > 1]:
-        print(
+        say(
             f"{path}: expected the same cells in all rows of a query, got others for {len(different)}, first "
             f"'{min(different)}'; the fullest row counts"
         )
 
 
-def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> None:
+def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object], say: Callable[[str], None] = print) -> None:
     """Say in one line how many judged documents the corpus lacks: they stay in the ground truth and are never found.
 
     Raises:
@@ -242,7 +242,7 @@ def known_documents(path: str, pairs: Pairs, corpus: Mapping[str, object]) -> No
     message = f"{path}: expected all documents in the corpus, got {counts} that are not, first '{missing[0]}'"
     if len(missing) == len(judged):
         raise DataError(message)
-    print(f"{message}; they count as not found")
+    say(f"{message}; they count as not found")
 
 
 def corpus_of(pairs: Pairs) -> dict[str, dict[str, str]]:

@@ -29,8 +29,9 @@ from gcl_kernels.training.data.documents import emptier
 from gcl_kernels.training.data.tables import listed
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import make_folder, write_json_atomically
-from gcl_kernels.training.options import Parser, kinds_by_name, parse_kinds, parse_list
+from gcl_kernels.training.options import Parser, parse_kinds, parse_list
 from gcl_kernels.training.splits import CORPORA, MANIFEST, SPLITS, novelty, stem_of, write_corpus, write_pairs
+from gcl_kernels.training.train_options import kinds_by_name
 
 AT_ONCE = 4096
 """Rows in memory at a time."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gcl_kernels.training.checkpoint import OURS
-from gcl_kernels.training.options import kinds_by_name
+from gcl_kernels.training.train_options import kinds_by_name
 
 DEFAULT_KEYS = {"left": ["text"], "right": ["image_local", "title"]}
 DEFAULT_WEIGHTS = {"left": [1.0], "right": [0.9, 0.1]}

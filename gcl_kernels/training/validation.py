@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from gcl_kernels.training.encode import FieldEncoder
 from gcl_kernels.training.inputs import TestFiles, columns_of
 from gcl_kernels.training.ranking import Corpus, Evaluation, embed_corpus, evaluate, random_ranking
+from gcl_kernels.training.train_options import TrainOptions
 
 EMBED_ROWS = 512
 """Rows embedded at a time."""
@@ -29,9 +29,7 @@ class Validation:
     every one, and `best` the largest mean of `--best-metric` over the files so far.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, encoder: FieldEncoder, tests: TestFiles, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, args: TrainOptions, encoder: FieldEncoder, tests: TestFiles, say: Callable[[str], None]) -> None:
         self._args, self._encoder, self._tests, self._say = args, encoder, tests, say
         columns = columns_of(args)
         self._left = columns.left, dict(zip(args.left_keys, args.left_weights, strict=True))

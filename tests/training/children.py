@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import torch
 
-from gcl_kernels.training import checkpoint, inputs, processes, validation
-from gcl_kernels.training import train as training
+from gcl_kernels.training import checkpoint, inputs, preparing, processes, validation
+from gcl_kernels.training import run as training
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.folder import RunFolder
 from gcl_kernels.training.openclip import import_open_clip
@@ -56,7 +56,7 @@ def rank_with_slow_work(argv, log, timeout, seconds):
         return call
 
     inputs.read_documents, validation.evaluate = slow(inputs.read_documents), slow(validation.evaluate)
-    checkpoint.also, training.create_model = slow(checkpoint.also), slow(training.create_model)
+    checkpoint.also, preparing.create_model = slow(checkpoint.also), slow(preparing.create_model)
     return rank(argv, log)
 
 
@@ -121,7 +121,7 @@ def train_until_killed(where, count, argv):
     if where == "write":
         torch.save = killing(save, count, half)
     torch.set_num_threads(1)
-    training.create_model = with_dropout(training.create_model)
+    preparing.create_model = with_dropout(preparing.create_model)
     training.train(parse_args(argv))
 
 

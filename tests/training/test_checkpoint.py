@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gcl_kernels.training import checkpoint, train
+from gcl_kernels.training import checkpoint, learner, preparing
+from gcl_kernels.training import run as training
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.files import write_atomically
 from gcl_kernels.training.openclip import TINY_MODEL
@@ -32,34 +33,50 @@ def options(tmp_path):
 
 
 def test_a_run_killed_and_resumed_is_the_run_that_was_never_killed(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "create_model", with_dropout(train.create_model))
-    whole = train.train(parse_args([*options, "--name=whole"]))
+    monkeypatch.setattr(preparing, "create_model", with_dropout(preparing.create_model))
+    whole = training.train(parse_args([*options, "--name=whole"]))
     again = [*options, "--name=killed", "--save-steps=2", "--resume=latest"]
     # In the 4th step, one after a checkpoint; while the second checkpoint after that is written.
     for where, count in (("step", 4), ("write", 2)):
         assert run_killed(where, count, again) == -signal.SIGKILL
     capsys.readouterr()
-    resumed = train.train(parse_args(again))
+    resumed = training.train(parse_args(again))
     assert "epoch_latest.pt at step 4 of 8" in capsys.readouterr().out
     assert resumed.losses == whole.losses
     expected, got = (torch.load(run.checkpoint, weights_only=True) for run in (whole, resumed))
     assert_equal(expected["state_dict"], got["state_dict"])
     assert_equal(expected["optimizer"], got["optimizer"])
     assert_equal(expected["gcl_kernels"]["random"], got["gcl_kernels"]["random"])
+    assert got["optimizer"]["param_groups"][0]["fused"]
 
 
 def test_a_run_killed_before_its_results_are_written_evaluates_once(options, tmp_path):
     data = options[0].removeprefix("--train-data=")
     argv = [*options, "--name=run", "--steps=2", f"--val-data={data}", "--val-steps=1"]
     results = tmp_path / "run" / "results.json"
-    train.train(parse_args(argv))
+    training.train(parse_args(argv))
     whole = json.loads(results.read_text())
     results.unlink()
-    train.train(parse_args([*argv, "--resume=latest"]))
+    training.train(parse_args([*argv, "--resume=latest"]))
     again = json.loads(results.read_text())
     assert [line["step"] for line in whole["history"]] == [1, 2]
     for key in ("loss", "history", "metrics", "per_query"):
         assert again[key] == whole[key]
+
+
+def test_a_run_goes_on_with_the_optimiser_that_it_was_begun_with(options, monkeypatch):
+    """Former versions updated weight by weight, which rounds otherwise than one kernel for all."""
+    options = [*options, "--precision=amp", "--steps=2", "--keep-last=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "FUSED", ())
+        before = training.train(parse_args([*options, "--name=before", "--save-steps=1"]))
+    resumed = training.train(
+        parse_args([*options, "--name=now", f"--resume={before.checkpoint.with_name('step_1.pt')}"])
+    )
+    assert resumed.losses == before.losses
+    expected, got = (torch.load(run.checkpoint, weights_only=True) for run in (before, resumed))
+    assert_equal(expected["state_dict"], got["state_dict"])
+    assert_equal(expected["optimizer"], got["optimizer"])
 
 
 def assert_equal(expected, got):
@@ -160,7 +177,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 def test_the_best_and_the_last_checkpoints_of_a_run_are_kept(options, tmp_path):
     data = options[0].removeprefix("--train-data=")
-    train.train(parse_args([*options, "--name=best", f"--val-data={data}", "--val-steps=1", "--best-metric=NDCG@10",
+    training.train(parse_args([*options, "--name=best", f"--val-data={data}", "--val-steps=1", "--best-metric=NDCG@10",
                             "--save-steps=2", "--keep-last=1", "--steps=4", "--report-to=tensorboard"]))  # fmt: skip
     folder = tmp_path / "best" / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {
@@ -197,9 +214,9 @@ def test_a_resumed_run_goes_on_with_its_curves(options, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
     data = options[0].removeprefix("--train-data=")
     argv = [*options, "--name=first", f"--val-data={data}", "--report-to=wandb", "--log-every-n-steps=1"]
-    run = train.train(parse_args([*argv, "--steps=2"]))
-    train.train(parse_args([*argv, "--steps=3", "--resume=latest"]))
-    train.train(parse_args([*argv, "--steps=1", "--name=other"]))
+    run = training.train(parse_args([*argv, "--steps=2"]))
+    training.train(parse_args([*argv, "--steps=3", "--resume=latest"]))
+    training.train(parse_args([*argv, "--steps=1", "--name=other"]))
     assert [made.id for made in runs] == ["run0", "run0", "run2"]
     assert all(made.finished for made in runs)
     assert (runs[0].given["name"], runs[0].given["config"]["steps"]) == ("first", 2)
@@ -211,8 +228,8 @@ def test_a_resumed_run_goes_on_with_its_curves(options, tmp_path, monkeypatch):
 
 
 def test_resuming_with_other_options_says_so_and_other_weights_are_refused(options, tmp_path, capsys):
-    run = train.train(parse_args([*options, "--name=first", "--steps=1"]))
-    train.train(parse_args([*options, "--name=second", "--steps=2", "--seed=5", f"--resume={run.checkpoint}"]))
+    run = training.train(parse_args([*options, "--name=first", "--steps=1"]))
+    training.train(parse_args([*options, "--name=second", "--steps=2", "--seed=5", f"--resume={run.checkpoint}"]))
     assert "differs from the one that was begun: --steps 1 -> 2, --seed 0 -> 5" in capsys.readouterr().out
     content = torch.load(run.checkpoint, weights_only=True)
     del content["state_dict"]["logit_scale"]
@@ -220,5 +237,5 @@ def test_resuming_with_other_options_says_so_and_other_weights_are_refused(optio
     with pytest.raises(
         InputError, match=r"other.pt: expected a checkpoint of ViT-Tiny-8-32px, got other weights"
     ) as caught:
-        train.train(parse_args([*options, f"--resume={tmp_path / 'other.pt'}"]))
+        training.train(parse_args([*options, f"--resume={tmp_path / 'other.pt'}"]))
     assert len(str(caught.value).splitlines()) == 1

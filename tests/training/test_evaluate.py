@@ -54,6 +54,14 @@ def test_the_files_are_those_of_the_authors_and_bad_input_is_counted(files, caps
     assert sum(float(row["NDCG@10"]) for row in rows) / 3 == pytest.approx(output["summary"]["NDCG@10"])
 
 
+def test_pictures_may_lie_elsewhere_than_the_corpus(files, capsys):
+    (files / "pictures").mkdir()
+    for picture in files.glob("*.png"):
+        picture.rename(files / "pictures" / picture.name)
+    assert evaluate(files, f"--image-root={files / 'pictures'}") == 0
+    assert "1 images could not be read" in capsys.readouterr().out, "the broken one"
+
+
 def test_metrics_alone_are_those_of_the_files_and_a_run_equals_itself(files, capsys):
     assert evaluate(files) == 0
     first = json.loads((files / "out" / "output.json").read_text())

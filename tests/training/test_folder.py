@@ -16,7 +16,7 @@ from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.folder import RunFolder, locked, portable
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import train
+from gcl_kernels.training.run import train
 from tests.training import children
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import re
+import sys
 
 import pytest
 
-from gcl_kernels.training import journal
+from gcl_kernels.training import TrainOptions, journal, loop
+from gcl_kernels.training.folder import RunFolder
 from gcl_kernels.training.journal import Journal, clock
+from gcl_kernels.training.loop import update
 from gcl_kernels.training.options import Parser, parse_args, program
-from gcl_kernels.training.train import train
+from gcl_kernels.training.run import train
 from gcl_kernels.training.validation import TABLE_METRICS
 
 
@@ -115,3 +120,53 @@ def test_what_is_missing_is_one_line(capsys):
             parse([])
         assert caught.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_speaks_through_logging(tmp_path, monkeypatch, capsys, caplog):
+    logger, name = logging.getLogger("gcl_kernels.training"), "gcl_kernels.training.run"
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])  # as open_clip leaves it
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    said = Journal(tmp_path / "out.log", every=1)
+    said.say("a word")
+    said.warn("take care")
+    heard = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert heard == [(name, "INFO", "a word"), (name, "WARNING", "warning: take care")]
+    assert capsys.readouterr() == ("a word\nwarning: take care\n", "")
+    assert re.fullmatch(
+        r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  .*\n){2}", (tmp_path / "out.log").read_text(encoding="utf-8")
+    )
+    # A level that the caller has set counts, and a handler of the caller's on the screen is not doubled.
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(sys.stdout)])
+    said = Journal(None, every=1)
+    said.say("a word")
+    said.warn("take care")
+    assert capsys.readouterr() == ("warning: take care\n", "")
+
+
+def test_results_are_written_as_the_run_goes(tmp_path, monkeypatch):
+    results, seen = tmp_path / "run" / "results.json", []
+
+    def looking(run, step, batch):
+        content = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+        seen.append(content and (content["finished"], content["step"], content["steps"], len(content["loss"])))
+        return update(run, step, batch)
+
+    monkeypatch.setattr(loop, "update", looking)
+    rows = [{"query": f"q{n}", "title": f"t{n}", "score": n} for n in range(8)]
+    options = TrainOptions(left_keys=["query"], right_keys=["title"], weight_key="score", logs=tmp_path, name="run",
+                           batch_size=4, steps=4, log_every_n_steps=2)  # fmt: skip
+    run = train(options, rows)
+    assert seen == [None, (False, 1, 4, 1), (False, 2, 4, 2), (False, 2, 4, 2)]
+    content = json.loads(results.read_text(encoding="utf-8"))
+    assert (content["finished"], content["step"], content["loss"]) == (True, 4, run.losses)
+
+
+def test_a_run_without_a_checkpoint_leaves_its_name_free(tmp_path):
+    results = tmp_path / "run" / "results.json"
+    results.parent.mkdir()
+    for state, taken in (("false", False), ("true", True)):
+        results.write_text(f'{{\n "finished": {state},\n "step": 3}}', encoding="utf-8")
+        assert RunFolder(str(tmp_path), "run").used is taken
+    results.write_text('{"options": {}}', encoding="utf-8")  # as written by former versions, at the end alone
+    assert RunFolder(str(tmp_path), "run").used

@@ -1,10 +1,19 @@
 """Options of a training run: what is refused, what is read from a file, what a column is by default."""
 
 import argparse
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gcl_kernels.training.options import by_similarity, parse_args, parse_kinds, parse_knots, parse_list, parse_weights
+import gcl_kernels.training
+from gcl_kernels.training import TrainOptions
+from gcl_kernels.training.options import parse_args, parse_kinds, parse_knots, parse_list, parse_weights
+from gcl_kernels.training.train_options import by_similarity
 
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
 REQUIRED = ["--train-data=pairs.csv", *KEYS]
@@ -114,3 +123,77 @@ def test_options_from_a_file_are_checked_like_the_command_line_which_goes_before
         with pytest.raises(SystemExit):
             parse_args([*REQUIRED, f"--config={config}"])
         assert fault in capsys.readouterr().err
+
+
+def options(**more):
+    return TrainOptions(**{"train_data": "pairs.csv", "left_keys": ["query"], "right_keys": ["title", "image"],
+                           "weight_key": "score", "name": "run"} | more)  # fmt: skip
+
+
+def test_options_from_python_are_those_of_the_command_line():
+    line = parse_args([*REQUIRED, "--name=run", "--lr=1", "--right-weights=1,2", "--val-data", "a", "b", "--score-scaling=minmax",
+                       "--false-negatives=margin:0.1", "--dry-run", "--steps=3"])  # fmt: skip
+    assert line == options(
+        train_data=Path("pairs.csv"), right_keys=("title", "image"), lr=1, right_weights=(1, 2), val_data=[Path("a"), "b"],
+        score_scaling="minmax", false_negatives="margin:0.1", dry_run=True, steps=np.int64(3),
+    )  # fmt: skip
+    # What a checkpoint holds is read with `weights_only`: plain types alone.
+    plain = vars(options(lr=np.float32(0.5), train_data=Path("x"), steps=np.int64(3)))
+    assert {type(value) for value in plain.values()} <= {str, int, float, bool, list, type(None)}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        line.lr = 2
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"batch_size": 0}, "batch_size: expected a number > 0, got 0"),
+        ({"batch_size": "8"}, "batch_size: expected a whole number, got 8"),
+        ({"batch_size": 8.5}, "batch_size: expected a whole number, got 8.5"),
+        ({"batch_size": None}, "batch_size: expected a whole number, got None"),
+        ({"steps": True}, "steps: expected a whole number, got True"),
+        ({"lr": float("nan")}, "lr: expected a number > 0, got nan"),
+        ({"dry_run": 1}, "dry_run: expected True or False, got 1"),
+        ({"loss": "hinge"}, "loss: expected one of softmax, sigmoid, got hinge"),
+        ({"best_metric": "F1", "val_data": ["a"]}, "best_metric: expected one of NDCG@10"),
+        ({"left_keys": "query"}, "left_keys: expected a list, got query"),
+        ({"left_keys": []}, "left_keys: expected different column names, got []"),
+        ({"right_weights": [0, 0]}, "right_weights: expected numbers >= 0, not all 0, got [0, 0]"),
+        ({"right_weights": [1]}, "right_weights: expected 2 weights as in right_keys, got 1"),
+        (
+            {"doc_meta": ["c"], "val_data": ["a", "b"]},
+            "doc_meta: expected one file for each of the 2 in val_data, got 1",
+        ),
+        ({"false_negatives": "margin:-1"}, "false_negatives: expected a number >= 0 after margin:, got margin:-1"),
+        ({"loss": "softmax", "logit_bias": 1.0}, "logit_bias: expected loss sigmoid beside it"),
+    ],
+)
+def test_bad_options_from_python_name_the_argument(given, fault):
+    with pytest.raises(ValueError, match=re.escape(fault)) as caught:
+        options(**given)
+    assert "--" not in str(caught.value)
+
+
+def test_every_option_is_documented_with_its_default_and_has_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(TrainOptions):
+        assert field.metadata["help"]
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b", shown, re.MULTILINE)
+        (row,) = [line for line in TrainOptions.__doc__.splitlines() if line.startswith(f"    | `{field.name}` ")]
+        default = "required" if field.name in ("left_keys", "right_keys", "weight_key") else repr(
+            getattr(TrainOptions, field.name, [])
+        )  # fmt: skip
+        assert f"| {default} |" in row
+
+
+def test_what_users_call_is_imported_when_it_is_asked_for():
+    code = (
+        "import sys, gcl_kernels.training as t; assert not {'open_clip', 'gcl_kernels.training.run'} & {*sys.modules}\n"
+        "from gcl_kernels.training import TrainOptions, train\n"
+        "import inspect; assert inspect.isfunction(train) and inspect.isclass(TrainOptions)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gcl_kernels.training.nothing

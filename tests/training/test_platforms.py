@@ -19,7 +19,7 @@ from gcl_kernels.training import checkpoint, files, memory
 from gcl_kernels.training.errors import InputError
 from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import train
+from gcl_kernels.training.run import train
 
 ROOT = Path(__file__).parents[2]
 

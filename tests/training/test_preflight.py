@@ -13,8 +13,8 @@ from gcl_kernels.training.openclip import create_model
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.preflight import cut_texts, most_frequent
 from gcl_kernels.training.ranking import minmax
+from gcl_kernels.training.run import train
 from gcl_kernels.training.scaling import spread
-from gcl_kernels.training.train import train
 
 
 def write(path, scores, *, text="title {n}", query="query {n}"):

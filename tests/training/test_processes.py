@@ -14,7 +14,7 @@ from PIL import Image
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import train
+from gcl_kernels.training.run import train
 from tests.training import children
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from gcl_kernels.training.data import load_image, read_documents, read_pairs
 from gcl_kernels.training.evaluate import main as evaluate
 from gcl_kernels.training.openclip import TINY_MODEL
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import train
+from gcl_kernels.training.run import train
 
 DATA = Path(os.environ.get("GCL_KERNELS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CHORUS = DATA / "chorus-icecat" / "gcl"

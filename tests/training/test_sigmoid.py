@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_in_one_line(options, message, capsys):
 def test_curves_lines_and_results_have_the_same_scale_and_bias(pairs_file, monkeypatch):  # noqa: F811
     logged = {}
     monkeypatch.setattr(
-        "gcl_kernels.training.train.Tracker.log", lambda _, step, values: logged.setdefault(step, values)
+        "gcl_kernels.training.tracking.Tracker.log", lambda _, step, values: logged.setdefault(step, values)
     )
     run(pairs_file, SIGMOID, "--steps=2", "--lr=1e-2", "--log-every-n-steps=1")
     last = results(pairs_file)

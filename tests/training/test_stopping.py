@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from gcl_kernels.training import train, validation
+from gcl_kernels.training import preparing, validation
+from gcl_kernels.training import run as training
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.stopping import Stopped, Stopper
@@ -42,8 +43,8 @@ def raising(function, count, name, monkeypatch, where):
 def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_numbers(
     options, tmp_path, monkeypatch, capsys, name, status
 ):
-    monkeypatch.setattr(train, "create_model", with_dropout(train.create_model))
-    whole = train.train(parse_args([*options, "--name=whole"]))
+    monkeypatch.setattr(preparing, "create_model", with_dropout(preparing.create_model))
+    whole = training.train(parse_args([*options, "--name=whole"]))
     with monkeypatch.context() as patch:
         raising("step", 2, name, patch, torch.optim.AdamW)
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -53,7 +54,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_numbers(
         f"stopped by {name}: --logs {tmp_path} --name run --resume latest goes on after step 2"
     )
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_2.pt", "epoch_latest.pt"}
-    resumed = train.train(parse_args([*options, "--resume=latest"]))
+    resumed = training.train(parse_args([*options, "--resume=latest"]))
     assert resumed.losses == whole.losses
     assert "resumed from" in (tmp_path / "run" / "out.log").read_text(encoding="utf-8")
 
@@ -68,12 +69,12 @@ def test_a_run_stopped_in_its_evaluation_has_saved_before_and_evaluates_when_it_
         "--save-steps=2",
         "--best-metric=NDCG@10",
     ]
-    whole = train.train(parse_args([*argv, "--name=whole"]))
+    whole = training.train(parse_args([*argv, "--name=whole"]))
     with monkeypatch.context() as patch:
         raising("evaluate", 2, "SIGINT", patch, validation)
         assert main(argv) == 130
     assert "--resume latest goes on after step 4" in capsys.readouterr().err
-    train.train(parse_args([*argv, "--resume=latest"]))
+    training.train(parse_args([*argv, "--resume=latest"]))
     contents = [
         torch.load(tmp_path / name / "checkpoints" / "epoch_latest.pt", weights_only=True)["gcl_kernels"]
         for name in ("run", "whole")
@@ -85,7 +86,7 @@ def test_a_run_stopped_in_its_evaluation_has_saved_before_and_evaluates_when_it_
 
 
 def test_before_the_first_step_there_is_nothing_to_go_on_from(options, tmp_path, monkeypatch, capsys):
-    raising("create_model", 1, "SIGTERM", monkeypatch, train)
+    raising("create_model", 1, "SIGTERM", monkeypatch, preparing)
     assert main(options) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM: nothing is saved yet\n"
     assert not (tmp_path / "run").exists()
@@ -97,7 +98,7 @@ def test_an_evaluation_that_fails_has_lost_no_step(options, tmp_path, monkeypatc
 
     monkeypatch.setattr(validation, "evaluate", fail)
     with pytest.raises(MemoryError):
-        train.train(parse_args([*options, f"--val-data={tmp_path / 'pairs.csv'}"]))
+        training.train(parse_args([*options, f"--val-data={tmp_path / 'pairs.csv'}"]))
     content = torch.load(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", weights_only=True)
     assert content["gcl_kernels"]["step"] == 6
 

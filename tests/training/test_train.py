@@ -14,9 +14,10 @@ from PIL import Image
 
 from gcl_kernels.training.__main__ import main
 from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.loop import learning_rate
 from gcl_kernels.training.openclip import TINY_MODEL, freeze_unused, import_open_clip
 from gcl_kernels.training.options import parse_args
-from gcl_kernels.training.train import learning_rate, train
+from gcl_kernels.training.run import train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange")
 KEYS = ["--left-keys=['query']", "--right-keys=['title', 'image']", "--weight-key=score"]
@@ -226,7 +227,10 @@ def test_an_image_lost_on_the_way_is_a_missing_value_and_the_run_goes_on(pairs_f
     result = run(pairs_file, "--steps=3", "--batch-size=20", "--check-images=none")
     assert all(math.isfinite(loss) for loss in result.losses)
     out = capsys.readouterr()
-    assert "a file that cannot be decoded" in out.out + out.err
+    assert "a file that cannot be decoded" in out.out
+    assert "a file that cannot be decoded" in (pairs_file.parent / "logs" / "run" / "out.log").read_text(
+        encoding="utf-8"
+    )
     assert "1 images could not be read and were missing values" in out.out
     lost = json.loads((pairs_file.parent / "logs" / "run" / "results.json").read_text())["lost_images"]
     assert list(lost) == [str(pairs_file.parent / "lost.png")]

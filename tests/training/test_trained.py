@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from gcl_kernels.training import train
+from gcl_kernels.training import run as training
 from gcl_kernels.training.evaluate import main
 from gcl_kernels.training.evaluate_options import parse_args
 from gcl_kernels.training.options import parse_args as parse_training
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
         "--right-weights=0.3,0.7", "--doc-id-key=doc", "--context-length=8", "--batch-size=8", "--steps=2", "--workers=1",
         "--skip-bad-rows", f"--val-data={folder / 'pairs.csv'}", f"--doc-meta={folder / 'corpus.json'}", f"--logs={folder}",
     ]  # fmt: skip
-    (evaluation,) = train.train(parse_training([*options, "--name=logs"])).evaluations.values()
+    (evaluation,) = training.train(parse_training([*options, "--name=logs"])).evaluations.values()
     return folder, evaluation
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -15,14 +15,20 @@ from gcl_kernels.training.errors import DataError
 
 
 def read_documents(
-    path: str | Path, fields: Mapping[str, str], *, check_images: str = "decode", skip_bad_rows: bool = False
+    path: str | Path,
+    fields: Mapping[str, str],
+    *,
+    check_images: str = "decode",
+    skip_bad_rows: bool = False,
+    image_root: str | Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, str]]:
     """Read document metadata, a JSON object `{document id: {field: value}}`, keeping the named fields.
 
     What a value is follows the rules of `data.values`, and an id is text, without white space at its ends. Image values
-    become absolute paths; a field that a document lacks is "". Documents without any of the fields are kept: what to do
-    with them is for the caller to say. Ids that come twice are counted in a printed line, and so are bad documents with
-    `skip_bad_rows`, which leaves them out.
+    become absolute paths, from `image_root` or else the file's own folder; a field that a document lacks is "". Documents
+    without any of the fields are kept: what to do with them is for the caller to say. Ids that come twice are counted in a
+    line that is said, and so are bad documents with `skip_bad_rows`, which leaves them out.
 
     Raises:
         DataError: a missing file, text that is no JSON (with its line), another structure, a field that no document has;
@@ -49,7 +55,7 @@ def read_documents(
             f"{name}, line 1: expected a JSON object {{document id: {{field: value}}}}, got another structure"
         )
 
-    folder = str(path.parent.resolve())
+    folder = str(Path(path.parent if image_root is None else image_root).resolve())
     images = ImageCheck(check_images)
     documents: dict[str, dict[str, str]] = {}
     seen: set[str] = set()
@@ -87,9 +93,9 @@ def read_documents(
     if content and not documents:
         raise DataError("\n".join([f"{name}: expected at least one good document, got none", *shown(bad, bad_count)]))
     if bad:
-        print(f"{name}: {bad_count} bad documents skipped:", *shown(bad, bad_count), sep="\n  ")
+        say("\n  ".join([f"{name}: {bad_count} bad documents skipped:", *shown(bad, bad_count)]))
     if repeated:
-        print(
+        say(
             f"{name}: expected each document id once, got {len(repeated)} ids again, first "
             f"{quoted(repeated[0])}; the fullest document of an id counts"
         )

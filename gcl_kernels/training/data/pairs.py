@@ -20,6 +20,7 @@ import torch
 
 from gcl_kernels.training.data.faults import LINES_SHOWN, one_line, shown
 from gcl_kernels.training.data.images import ImageCheck
+from gcl_kernels.training.data.in_memory import table_rows
 from gcl_kernels.training.data.names import files_of
 from gcl_kernels.training.data.parquet import parquet_rows
 from gcl_kernels.training.data.rows import Row
@@ -105,8 +106,12 @@ class PairFile:
         dataset_type: `"csv"`, `"parquet"`, `"webdataset"`, or `"auto"`, by the ending.
         check_images: `"decode"` every image once, ask whether it `"exists"`, or `"none"`.
         skip_bad_rows: leave bad rows out instead of refusing the file.
+        image_root: the folder that relative image paths start from, instead of the file's own; for a table that is the
+            current one.
+        table: rows in memory in the place of files, as `table_rows` takes them; `path` is then its name in messages.
 
     Raises:
+        TypeError: a table of a kind that is not read.
         DataError: a missing file or column, an empty file, no row at all or no good one; and, unless they are skipped,
             bad rows: too few or too many cells, a score that is no finite number >= 0, a value that is neither text nor a
             number, a missing or unreadable image, a side without any value, an empty id, a quoted cell that never ends,
@@ -122,22 +127,32 @@ class PairFile:
         dataset_type: str = "auto",
         check_images: str = "decode",
         skip_bad_rows: bool = False,
+        image_root: str | Path | None = None,
+        table: Any = None,
     ) -> None:
         self.path, self.columns = Path(path), columns
         self.bad_rows: list[str] = []
         self.bad_count = 0
         if separator is not None and (len(separator) != 1 or separator in '"\r\n\0'):
             raise InputError(f"expected one character that separates cells, no quote or line end, got {separator!r}")
-        self._files, dataset_type = files_of(path, dataset_type)
-        self._folder = str(self._files[0].parent.resolve())
-        self._one_folder = len({file.parent for file in self._files}) == 1
+        self._files, dataset_type = ([], "table") if table is not None else files_of(path, dataset_type)
+        own = self._files[0].parent if self._files else Path()
+        self._root = None if image_root is None else str(Path(image_root).resolve())
+        self._folder = self._root or str(own.resolve())
+        self._one_folder = self._root is not None or len({file.parent for file in self._files}) <= 1
         self._store: _InPlace | _Copy | None = None
         self._offsets, self._lengths = array("q"), array("l")
         scores, queries, documents = array("d"), array("q"), array("q")
         images = ImageCheck(check_images)
         found_rows = False
-        for where, values, fault, folder, place in self._rows(str(path), dataset_type, separator):
+        rows = (
+            self._rows(str(path), dataset_type, separator)
+            if table is None
+            else table_rows(table, columns.names, str(path), self._folder)
+        )
+        for where, values, fault, folder, place in rows:
             found_rows = True
+            folder = self._root or folder
             row, faults = ({}, [fault]) if fault else self._texts(values, folder)
             faults = faults or _row_faults(row, columns, folder, images)
             if faults:

@@ -49,7 +49,7 @@ def parquet_rows(path: Path, names: list[str]) -> Iterator[Row]:
             done = 0
             try:
                 for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=names):
-                    cells = {name: _values(batch.column(name), name) for name in names}
+                    cells = {name: values_of(batch.column(name), name) for name in names}
                     for place in range(min(batch.num_rows, size - done)):
                         done += 1
                         row = {name: cells[name][place] for name in names}
@@ -82,7 +82,7 @@ def _pyarrow(path: Path) -> Any:
     return parquet
 
 
-def _values(column: Any, name: str) -> list[Any]:
+def values_of(column: Any, name: str) -> list[Any]:
     """The values of a column as Python has them; what is no UTF-8 as a CSV file would give it, with surrogates."""
     import pyarrow as pa
 
