@@ -26,7 +26,7 @@ class OpenCLIP(InputModule):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        from gcl_kernels.integrations.open_clip import importing
+        from gcl_kernels.integrations import importing
 
         open_clip = importing.import_open_clip()
         self.folder = folder
