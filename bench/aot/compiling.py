@@ -34,7 +34,7 @@ from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
 
 TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", *run.OPTIONS)
 LINES, LINES_OF_STRIPS = 1024, 8192
 
 

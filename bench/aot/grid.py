@@ -130,7 +130,7 @@ class Case:
             "largest_norms": f"{strips.NORM_ROWS}x{strips.NORM_D} w4",
             "inner_products": f"{lines.ROWS}x{lines.BLOCK_D} w4",
             "mark_ids": f"{operands.PAD} w4",
-            "pack_lines": f"{lines.BLOCK} w4",
+            "pack_lines": f"{operands.PAD} w4",
             "spread_gradient": f"{lines.BLOCK} w4",
         }.get(self.kernel, f"{lines.ONE_PROGRAM} w4")
 
