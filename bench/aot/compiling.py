@@ -112,7 +112,8 @@ def launch_tiles(case: Case) -> None:
         torch.empty(n, k, dtype=torch.int64, device="meta") if k else None
         for k in (options.get("labels"), options.get("channels"))
     )
-    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"), labels, ids, ids)
+    limit = torch.empty(n, device="meta") if options.get("limits") else None
+    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"), labels, ids, ids, limit, limit)
     want, need = Want(*options.get("want", (True, True))), Need(True, True, True)
     shapes = n, n, (n, pairs.positives)
     lines = Lines(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))
