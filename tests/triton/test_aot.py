@@ -17,7 +17,6 @@ from gcl_kernels.backends.triton.config import FAMILIES
 SHARED = {
     aot.Case(FAMILIES["sm_80"], "backward_tile", torch.bfloat16, 768): 2,
     aot.Case(FAMILIES["sm_80"], "backward_tile", torch.bfloat16, 768, "D tail"): 2,
-    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 256, "strips"): 2,
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.bfloat16, 768, "ids"): 2,
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "ids+labels", "tf32"): 3,
     aot.Case(FAMILIES["sm_100"], "aggregate_forward", torch.float16, 1280, "8 fields"): 4,
@@ -40,6 +39,8 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows stored"),
     aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns stored"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "sigmoid stored"),
+    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 256, "sigmoid stored"),
+    aot.Case(FAMILIES["sm_100"], "backward_tile", torch.float32, 768, "columns only", "tf32"),
     aot.Case(FAMILIES["sm_80"], "forward_tile", torch.bfloat16, 768, "sigmoid ids stored"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),

@@ -124,10 +124,8 @@ TF32 = TileShape(128, 64, 32, 8, 3, one_exponential=False)
 # 4 stages of 48 KB = 192 KB, one block an SM.
 WIDE_90 = TileShape(128, 256, 64, 8, 4, halves=True)
 # At small D a tile's products take no longer than its epilogue: two blocks an SM (96 KB each; forward 128 registers x 256
-# threads, backward 255 x 128) let one block's products run beside the other's epilogue. Beside ids or several labels some kernels
-# take up to 164.
-MASKED_90 = TileShape(128, 128, 64, 8, 3)
-SMALL_FORWARD_90 = replace(MASKED_90, maxnreg=128)
+# threads, backward 255 x 128) let one block's products run beside the other's epilogue. The sigmoid that stores spills at 128.
+SMALL_FORWARD_90 = TileShape(128, 128, 64, 8, 3)
 SMALL_BACKWARD_90 = TileShape(128, 128, 64, 4, 3, halves=True)
 
 # Matrix instructions of Ampere and Hopper leave rows r and r + 8 with one thread. Three stages load the next tile while the
@@ -207,15 +205,15 @@ FAMILIES = {
                     Config(
                         SMALL_FORWARD_90,
                         SMALL_BACKWARD_90,
-                        MASKED_90,
-                        MASKED_90,
+                        SMALL_FORWARD_90,
+                        SMALL_FORWARD_90,
                         True,
                         strips=SMALL_STRIPS_90,
                     ),
                 ),
                 (
                     math.inf,
-                    Config(WIDE_90, WIDE_90, MASKED_90, MASKED_90, True, strips=WIDE_STRIPS_90),
+                    Config(WIDE_90, WIDE_90, SMALL_FORWARD_90, SMALL_FORWARD_90, True, strips=WIDE_STRIPS_90),
                 ),
             ),
             tf32=everywhere(TF32, descriptors=True),

@@ -242,10 +242,14 @@ def backward_tile(
     i_row_tile, i_col_tile = tile_of_program(tl.program_id(0), n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
     place = (i_row_tile * BLOCK_ROWS, i_col_tile * BLOCK_COLS, n, m)
     operands = (lhs, rhs, strides, scale, d)
-    arguments = (scale_in_base2(scale), terms, lines, (p_labels, shift, p_entry), (gradient, strides[2]))
+    # What one number says is read before the products, and arrives meanwhile. Without a fast form the scale is read after them:
+    # held over them, it takes sm_100 beyond its registers in tf32.
     if FITS is not None:
-        seen = FITS(lines, place, None)
+        scale2, seen = scale_in_base2(scale), FITS(lines, place, None)
     b_acc = products(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
+    if FITS is None:
+        scale2 = scale_in_base2(scale)
+    arguments = (scale2, terms, lines, (p_labels, shift, p_entry), (gradient, strides[2]))
     if FITS is not None and FITS(lines, place, seen):
         store_gradient(b_acc, arguments, place, LABELS, GRADIENT, HALVES, True)
     else:
