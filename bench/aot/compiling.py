@@ -34,7 +34,7 @@ from gcl_kernels.pairs import Pairs
 from gcl_kernels.plan.trace import WithoutMemory
 
 TYPES = {**SHORT_NAMES, torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", *run.OPTIONS)
 LINES, LINES_OF_STRIPS = 1024, 8192
 
 
@@ -112,7 +112,8 @@ def launch_tiles(case: Case) -> None:
         torch.empty(n, k, dtype=torch.int64, device="meta") if k else None
         for k in (options.get("labels"), options.get("channels"))
     )
-    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"), labels, ids, ids)
+    limit = torch.empty(n, device="meta") if options.get("limits") else None
+    pairs = Pairs(lhs, rhs, torch.empty((), device="meta"), labels, ids, ids, limit, limit)
     want, need = Want(*options.get("want", (True, True))), Need(True, True, True)
     shapes = n, n, (n, pairs.positives)
     lines = Lines(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes))

@@ -27,6 +27,7 @@ VARIANTS = {
     "ids": {"channels": 1},
     "3 labels": {"labels": 3},
     "ids+labels": {"labels": 3, "channels": 2},
+    "limits": {"limits": True},
     "rows only": {"want": (True, False)},
     "columns only": {"want": (False, True)},
     "rows stored": {"want": (True, False), "stored": True},  # of the forward: one direction in one pass
@@ -104,7 +105,8 @@ class Case:
         if self.kernel == "forward_strips":
             assert self.config.strips is not None
             return self.config.strips.tile
-        masked = self.options.get("channels", 0) > 0 or self.options.get("labels", 0) > 1
+        terms = self.options.get("channels", 0) > 0 or self.options.get("limits", False)
+        masked = terms or self.options.get("labels", 0) > 1
         return self.config.tile(self.kernel == "backward_tile", masked, self.options.get("stored", False))
 
     @property
@@ -130,7 +132,8 @@ class Case:
             "largest_norms": f"{strips.NORM_ROWS}x{strips.NORM_D} w4",
             "inner_products": f"{lines.ROWS}x{lines.BLOCK_D} w4",
             "mark_ids": f"{operands.PAD} w4",
-            "pack_lines": f"{lines.BLOCK} w4",
+            "pack_limits": f"{operands.PAD} w4",
+            "pack_lines": f"{operands.PAD} w4",
             "spread_gradient": f"{lines.BLOCK} w4",
         }.get(self.kernel, f"{lines.ONE_PROGRAM} w4")
 
@@ -144,6 +147,7 @@ def cases(families: Sequence[str], dtypes: Sequence[torch.dtype], dimensions: Se
         family = FAMILIES[name]
         yield from (Case(family, kernel, torch.float32, dimensions[0]) for kernel in LINE_KERNELS)
         yield Case(family, "mark_ids", torch.float32, dimensions[0], "ids")
+        yield Case(family, "pack_limits", torch.float32, dimensions[0], "limits")
         for dtype in dtypes:
             for precision in PRECISIONS[family.target[0]] if dtype == torch.float32 else ("ieee",):
                 for kernel in TILE_KERNELS:

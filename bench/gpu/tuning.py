@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from bench.gpu.context import Context, Result, median, timed
@@ -12,8 +13,8 @@ from bench.gpu.context import Context, Result, median, timed
 # What is tuned. The sigmoid's tiles are the forward kernel with another epilogue: the table gives them the forward's tile.
 KERNELS = ("forward_tile", "backward_tile", "sigmoid_tile")
 
-# The search space: (rows, columns, warps), pipeline stages, and for the backward its epilogue whole or in halves. Bands of the
-# finalists are then tried in two other heights.
+# The search space: (rows, columns, warps), pipeline stages, and for the backward its epilogue whole or in halves. Tiles of which
+# two blocks fit with 128 registers a thread are also held to these. Bands of the finalists are then tried in two other heights.
 SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
 STAGES = (3, 4)
 GROUPS = (4, 16)
@@ -26,15 +27,14 @@ def candidates(context: Context) -> list[tuple[str, Any]]:
 
     shapes, stages = (TOY_SHAPES, TOY_STAGES) if context.dry_run else (SHAPES, STAGES)
     halves_or_whole = (True,) if context.dry_run else (False, True)
+    can_limit = family(context).target[0] == "cuda" and not context.dry_run
     found = []
     for rows, cols, warps in shapes:
-        for n_stages in stages:
-            plain = TileShape(rows, cols, 64, warps, n_stages)
+        two_fit = can_limit and (rows, cols, warps) == (128, 128, 8)
+        for n_stages, maxnreg in product(stages, (None, 128) if two_fit else (None,)):
+            plain = TileShape(rows, cols, 64, warps, n_stages, maxnreg=maxnreg)
             found += [("forward_tile", plain), ("sigmoid_tile", plain)]
-            found += [
-                ("backward_tile", TileShape(rows, cols, 64, warps, n_stages, halves=halves))
-                for halves in halves_or_whole
-            ]
+            found += [("backward_tile", replace(plain, halves=halves)) for halves in halves_or_whole]
     return found
 
 
@@ -63,8 +63,6 @@ def screen(context: Context) -> None:
 
 def compiled(job: tuple[str, str, Any, int]) -> Result:
     """What a candidate compiles to; `complaints` is why it is out."""
-    from dataclasses import replace
-
     import torch
 
     from bench import aot
@@ -85,8 +83,6 @@ def compiled(job: tuple[str, str, Any, int]) -> Result:
 
 def tune(context: Context) -> None:
     """The fastest tile of each kernel at each D: all at one N; the best, in bands of other heights too, at a larger one."""
-    from dataclasses import replace
-
     import torch
 
     from gcl_kernels.backends.triton.config import TileShape
@@ -224,8 +220,6 @@ def remarks(result: Result) -> str:
 
 
 def with_chosen(default, chosen: Result):
-    from dataclasses import replace
-
     from gcl_kernels.backends.triton.config import TileShape
 
     named = {"forward": chosen.get("forward_tile"), "backward": chosen.get("backward_tile")}
@@ -261,4 +255,5 @@ def literal(tile) -> str:
         tile = TileShape(**tile)
     optional = [f"group={tile.group}"] * (tile.group != 8) + ["halves=True"] * tile.halves
     optional += ["one_exponential=False"] * (not tile.one_exponential)
+    optional += [f"maxnreg={tile.maxnreg}"] * (tile.maxnreg is not None)
     return f"TileShape({', '.join([*map(str, (tile.rows, tile.cols, tile.d, tile.warps, tile.stages)), *optional])})"

@@ -118,6 +118,19 @@ def test_the_tuned_table_can_be_pasted(dry):
     assert (config.masked_forward, config.masked_backward) == (default.masked_forward, default.masked_backward)
 
 
+def test_a_limit_of_registers_is_tried_and_can_be_pasted():
+    context = SimpleNamespace(dry_run=False, device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "family", lambda _: FAMILIES["sm_90"])
+        limited = {(kernel, tile) for kernel, tile in tuning.candidates(context) if tile.maxnreg is not None}
+        patch.setattr(tuning, "family", lambda _: FAMILIES["gfx942"])
+        assert all(tile.maxnreg is None for _, tile in tuning.candidates(context))
+    assert {kernel for kernel, _ in limited} == set(tuning.KERNELS)
+    assert all((tile.rows, tile.cols, tile.warps, tile.maxnreg) == (128, 128, 8, 128) for _, tile in limited)
+    tile = TileShape(128, 128, 64, 8, 3, maxnreg=128)
+    assert eval(tuning.literal(tile), {"TileShape": TileShape}) == tile
+
+
 def test_bands_with_the_same_choice_are_one():
     tile = {"rows": 128, "cols": 128, "d": 64, "warps": 4, "stages": 4, "group": 16, "halves": True}
     chosen = {d: {"forward_tile": tile, "backward_tile": tile} for d in ("512", "768", "1024")}

@@ -15,6 +15,8 @@ from gcl_kernels.backends.triton.config import FAMILIES
 
 # Kernels of which several blocks share a multiprocessor, and a few registers more would make them fewer; all have 8 warps.
 SHARED = {
+    aot.Case(FAMILIES["sm_80"], "backward_tile", torch.bfloat16, 768): 2,
+    aot.Case(FAMILIES["sm_80"], "backward_tile", torch.bfloat16, 768, "D tail"): 2,
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.bfloat16, 768, "ids"): 2,
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "ids+labels", "tf32"): 3,
     aot.Case(FAMILIES["sm_100"], "aggregate_forward", torch.float16, 1280, "8 fields"): 4,
@@ -37,6 +39,8 @@ CASES = [
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "rows stored"),
     aot.Case(FAMILIES["sm_100"], "forward_tile", torch.bfloat16, 768, "columns stored"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 768, "sigmoid stored"),
+    aot.Case(FAMILIES["sm_90"], "forward_tile", torch.bfloat16, 256, "sigmoid stored"),
+    aot.Case(FAMILIES["sm_100"], "backward_tile", torch.float32, 768, "columns only", "tf32"),
     aot.Case(FAMILIES["sm_80"], "forward_tile", torch.bfloat16, 768, "sigmoid ids stored"),
     aot.Case(FAMILIES["sm_90"], "forward_tile", torch.float32, 768),
     aot.Case(FAMILIES["sm_90"], "backward_tile", torch.float32, 768, "", "tf32"),
@@ -72,6 +76,18 @@ def test_hopper_reads_with_tma_and_multiplies_with_wgmma(reports):
     assert reports["sm_90 backward_tile bf16 D=768"].instructions["tma store"] > 0
 
 
+@pytest.mark.parametrize(("family", "products"), [("sm_80", 32), ("sm_90", 4), ("sm_100", 8), ("gfx942", 48)])
+def test_the_backward_multiplies_in_one_place_and_reduces_nothing(reports, family, products):
+    """Its form is chosen after the products, from numbers that are there already. A thread's products of one step, and on AMD
+    those of the last."""
+    report = reports[f"{family} backward_tile bf16 D=768"]
+    assert report.instructions[report.matrix] == products
+    assert report.instructions["shuffle"] == 0
+    # one exponential a logit where the form is exact, two where it is not
+    tile = report.case.tile
+    assert report.instructions["ex2"] == 3 * tile.rows * tile.cols / (tile.warps * report.case.family.target[2])
+
+
 def test_two_small_blocks_share_a_hopper_multiprocessor(reports):
     for kernel in ("forward_tile", "forward_strips", "backward_tile"):
         report = reports[f"sm_90 {kernel} fp16 D=256"]
@@ -84,9 +100,10 @@ def test_registers_let_as_many_blocks_share_a_multiprocessor(reports, case, bloc
 
 
 def fit(report, blocks, warps):
-    """On Hopper and Blackwell. Registers are given to a warp in units of 8 a thread."""
+    """On NVIDIA chips. Registers are given to a warp in units of 8 a thread."""
     registers = -(-report.registers // 8) * 8
-    return blocks * registers * 32 * warps <= 65_536 and blocks * (report.shared + 1024) <= 228 * 1024
+    shared = report.case.family.shared_memory + 1024  # a block's limit and what the system takes of it
+    return blocks * registers * 32 * warps <= 65_536 and blocks * (report.shared + 1024) <= shared
 
 
 def test_every_input_of_the_field_kernels_is_read_once_and_sixteen_bytes_at_a_time(reports):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import reference
 from gcl_kernels import gcl_loss, linear, testing
-from gcl_kernels.backends.triton import one_pass, operands
+from gcl_kernels.backends import Lines
+from gcl_kernels.backends.triton import lines, one_pass, operands
 from tests.oracle import DTYPES, NAMES, assert_accurate, everything, run
 
 from .common import build, cases, configs, configurations, triton, using
@@ -81,6 +82,27 @@ def test_both_exponential_forms_are_reached(kind, monkeypatch):
     assert (calls["gradient_by_line"] > 0) == (kind not in ("near", "one row far below"))
     if kind != "all scattered":
         assert calls["shared_gradient"] > 0  # only the tiles that need it take the other form
+
+
+@pytest.mark.parametrize("sides", [(32, 64), (128, 256)])
+def test_lines_know_the_extremes_of_their_tiles(sides):
+    """Relative to the middle of the mean row and the mean column; past the end is nothing, and a NaN is not passed over."""
+    n, m, log2e = 300, 90, 1 / math.log(2)
+    g = torch.Generator().manual_seed(3)
+    row, col = (100 * torch.randn(length, generator=g, dtype=torch.float64).to(DEVICE) for length in (n, m))
+    statistics = Lines(row, col, torch.zeros(n, 1, dtype=torch.float64, device=DEVICE))
+    sampled = [x[torch.arange(128, device=DEVICE) * len(x) // 128] for x in (row, col)]
+    middle = sum(x.mean() for x in sampled) / 2
+    upstream = Lines(torch.ones_like(row), torch.ones_like(col), None)
+    options = {"m": m, "joined": True, "scale": None, "nonzero": False, "entries": False, "sides": sides}
+    row_line, col_line, _ = lines.pack(statistics, upstream, None, **options)
+    for line, x, side, extreme in ((row_line, row, sides[0], torch.amax), (col_line, col, sides[1], torch.amin)):
+        expected = [extreme((x - middle) * log2e, 0) for x in x.split(side)]
+        for i, value in enumerate(expected):
+            assert line[3, i * side : (i + 1) * side].sub(value).abs().max() <= 1e-4
+    row[40] = math.nan
+    row_line, _, _ = lines.pack(statistics, upstream, None, **options)
+    assert row_line[3, 40 // sides[0] * sides[0]].isnan()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -181,6 +181,18 @@ def test_strips_compile_once(dtype, d):
     assert variants("forward_tile", "merge_partials", "finish_lines") == [1, 2, 4]
 
 
+def test_launches_say_what_they_are_compiled_with(monkeypatch):
+    """Fused multiplications and additions, whatever Triton's default is, and the registers that the table allows a thread."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    step(300, 400, 256)
+    loss_of_lines(300, 400)
+    step(300, 400, 256, with_strips=True)
+    found = {name: [x.metadata for x in FOUND[name].device_caches[0][0].values()] for name in TILES + STRIPS + LINES}
+    assert all(x.enable_fp_fusion for each in found.values() for x in each)
+    limits = {name: {x.maxnreg for x in found[name]} for name in ("forward_tile", "forward_strips", "backward_tile")}
+    assert limits == {"forward_tile": {None}, "forward_strips": {128}, "backward_tile": {None}}
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_fields_pass_the_jit(masked):
     for n in (5, 300):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -28,6 +28,7 @@ class TileShape:
     group: int = 8  # row tiles in a band: their lhs and a few column tiles stay in L2 while the band is walked
     halves: bool = False  # backward: the epilogue in two column halves, where a wide tile's registers need it
     one_exponential: bool = True  # False: two exponentials a logit always (`softmax`)
+    maxnreg: int | None = None  # registers of a thread, where several blocks are to share a multiprocessor; not on AMD
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -54,7 +55,6 @@ class Strips:
     waves: int = (
         8  # tiles that each of them has at least; a smaller plane's time is in its launches, of which strips have more
     )
-    maxnreg: int | None = None  # registers of a thread, where several blocks are to share a multiprocessor
 
     def pay(self, n: int, m: int) -> bool:
         """Whether the plane is large enough."""
@@ -102,9 +102,14 @@ class Family:
 
 
 def everywhere(
-    tile: TileShape, descriptors: bool = False, parts: bool = True, strips: Strips | None = None
+    tile: TileShape,
+    descriptors: bool = False,
+    parts: bool = True,
+    strips: Strips | None = None,
+    backward: TileShape | None = None,
 ) -> tuple[tuple[float, Config], ...]:
-    return ((math.inf, Config(tile, tile, tile, tile, descriptors, parts=parts, strips=strips)),)
+    """`backward`: where it is not `tile`, unmasked."""
+    return ((math.inf, Config(tile, backward or tile, tile, tile, descriptors, tile, parts, strips)),)
 
 
 # float32 in IEEE arithmetic: fused multiply-adds on the ordinary units. A thread holds its share of both operands of
@@ -119,14 +124,14 @@ TF32 = TileShape(128, 64, 32, 8, 3, one_exponential=False)
 # 4 stages of 48 KB = 192 KB, one block an SM.
 WIDE_90 = TileShape(128, 256, 64, 8, 4, halves=True)
 # At small D a tile's products take no longer than its epilogue: two blocks an SM (96 KB each; forward 128 registers x 256
-# threads, backward 255 x 128) let one block's products run beside the other's epilogue.
+# threads, backward 255 x 128) let one block's products run beside the other's epilogue. The sigmoid that stores spills at 128.
 SMALL_FORWARD_90 = TileShape(128, 128, 64, 8, 3)
 SMALL_BACKWARD_90 = TileShape(128, 128, 64, 4, 3, halves=True)
 
 # Matrix instructions of Ampere and Hopper leave rows r and r + 8 with one thread. Three stages load the next tile while the
 # exponentials of this one are taken. Small D: 128 registers, so that two blocks share a multiprocessor.
 WIDE_STRIPS_90 = Strips(TileShape(128, 256, 64, 8, 3), 2, 8, resident=132)
-SMALL_STRIPS_90 = Strips(TileShape(128, 128, 64, 8, 3), 2, 8, resident=264, maxnreg=128)
+SMALL_STRIPS_90 = Strips(TileShape(128, 128, 64, 8, 3, maxnreg=128), 2, 8, resident=264)
 
 # Blackwell, 227 KB: accumulators are in tensor memory and come to registers a whole row a thread; 256 columns do not fit there,
 # nor more than 64 beside ids (forward: not even those if the logits must outlive their exponentials).
@@ -140,7 +145,9 @@ MASKED_BACKWARD_100 = TileShape(128, 64, 64, 8, 4)
 STRIPS_100 = Strips(SQUARE_100, 1, 1, resident=148)
 
 # Ampere: 64 accumulators a thread. 4 stages of 16 KB = 64 KB: two blocks fit 163 KB, and one fits the 99 KB of consumer chips.
+# By registers two of the backward's do: unmasked, it needs no more than 128, but is given up to 187 if it may take them.
 SQUARE_80 = TileShape(128, 128, 32, 8, 4)
+BACKWARD_80 = replace(SQUARE_80, maxnreg=128)
 SQUARE_86 = TileShape(128, 128, 32, 8, 3)  # 48 KB, so that two fit there as well
 STRIPS_80, STRIPS_86 = Strips(SQUARE_80, 2, 8, resident=108), Strips(SQUARE_86, 2, 8, resident=128)
 
@@ -176,7 +183,7 @@ FAMILIES = {
             "sm_80",
             ("cuda", 80, 32),
             163 * 1024,
-            half=everywhere(SQUARE_80, strips=STRIPS_80),
+            half=everywhere(SQUARE_80, strips=STRIPS_80, backward=BACKWARD_80),
             tf32=everywhere(TF32),
             ieee=everywhere(IEEE),
         ),

@@ -28,7 +28,10 @@ from .tiles import (
     hide_positives,
     holds_a_label,
     logits,
+    products,
     read_positives,
+    scale_in_base2,
+    scaled,
     store_block,
     tile_of_program,
     write_positives,
@@ -187,20 +190,23 @@ def part_of_lines(i_tile, o_line, n_lines, n_tiles, BLOCK_TILES: tl.constexpr):
 
 @triton.jit
 def store_gradient(
-    b_s, arguments, place, LABELS: tl.constexpr, GRADIENT: tl.constexpr, HALVES: tl.constexpr, FAST: tl.constexpr
+    b_acc, arguments, place, LABELS: tl.constexpr, GRADIENT: tl.constexpr, HALVES: tl.constexpr, FAST: tl.constexpr
 ):
-    """From the logits of a tile to its part of G: the loss's gradient, then positives, then one rounding."""
+    """From the products of a tile to its part of G: logits, the loss's gradient, then positives, then one rounding.
+
+    The scale is applied here, in each form, where it is the factor of a fused multiply-add.
+    """
     i_row, i_col, n, m = place
     if HALVES:
-        HALF: tl.constexpr = b_s.shape[1] // 2
-        b_left, b_right = column_halves(b_s)
+        HALF: tl.constexpr = b_acc.shape[1] // 2
+        b_left, b_right = column_halves(b_acc)
         store_gradient(b_left, arguments, place, LABELS, GRADIENT, False, FAST)
         place = (i_row, i_col + HALF, n, m)
         store_gradient(b_right, arguments, place, LABELS, GRADIENT, False, FAST)
     else:
-        terms, lines, labels, target = arguments
-        has_label = holds_a_label(labels, place, b_s.shape[0], b_s.shape[1], LABELS)
-        b_s = modify(b_s, terms, place)  # a label that a mask hides gets its entry back below
+        scale2, terms, lines, labels, target = arguments
+        has_label = holds_a_label(labels, place, b_acc.shape[0], b_acc.shape[1], LABELS)
+        b_s = modify(scaled(b_acc, scale2), terms, place)  # a label that a mask hides gets its entry back below
         b_g = GRADIENT(b_s, lines, place, FAST)
         if has_label:
             b_g = write_positives(b_g, labels, place, LABELS)
@@ -236,11 +242,15 @@ def backward_tile(
     i_row_tile, i_col_tile = tile_of_program(tl.program_id(0), n, m, BLOCK_ROWS, BLOCK_COLS, GROUP)
     place = (i_row_tile * BLOCK_ROWS, i_col_tile * BLOCK_COLS, n, m)
     operands = (lhs, rhs, strides, scale, d)
-    arguments = (terms, lines, (p_labels, shift, p_entry), (gradient, strides[2]))
-    # The form is chosen before the products, so that neither form's vectors are held in registers for the other's sake.
-    if FITS is not None and FITS(lines, place, BLOCK_ROWS, BLOCK_COLS):
-        b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
-        store_gradient(b_s, arguments, place, LABELS, GRADIENT, HALVES, True)
+    # What one number says is read before the products, and arrives meanwhile. Without a fast form the scale is read after them:
+    # held over them, it takes sm_100 beyond its registers in tf32.
+    if FITS is not None:
+        scale2, seen = scale_in_base2(scale), FITS(lines, place, None)
+    b_acc = products(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
+    if FITS is None:
+        scale2 = scale_in_base2(scale)
+    arguments = (scale2, terms, lines, (p_labels, shift, p_entry), (gradient, strides[2]))
+    if FITS is not None and FITS(lines, place, seen):
+        store_gradient(b_acc, arguments, place, LABELS, GRADIENT, HALVES, True)
     else:
-        b_s = logits(operands, place, BLOCK_ROWS, BLOCK_COLS, BLOCK_D, WHOLE_D, PRECISION)
-        store_gradient(b_s, arguments, place, LABELS, GRADIENT, HALVES, False)
+        store_gradient(b_acc, arguments, place, LABELS, GRADIENT, HALVES, False)

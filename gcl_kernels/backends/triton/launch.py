@@ -126,9 +126,18 @@ def backward(
     # float16 has no range for the scale and a mean's 1 / N: its G is of size 1, and what is left follows the products
     folded = pairs.logit_scale if pairs.lhs.dtype != torch.float16 else None
     g, norm = (upstream, None) if folded is not None else normalized(upstream, pairs.lhs.dtype)
-    row_line, col_line, middle, entry = lines.pack(
-        statistics, g, pairs.labels, m=x.m, joined=joined, scale=folded, nonzero=need.scale, entries=x.positives == 1
+    row_line, col_line, entry = lines.pack(
+        statistics,
+        g,
+        pairs.labels,
+        m=x.m,
+        joined=joined,
+        scale=folded,
+        nonzero=need.scale,
+        entries=x.positives == 1,
+        sides=tile.sides,
     )
+    shared = tile.one_exponential and row_line is not None and col_line is not None
     if entry is None:
         entry = positive_entries(pairs.labels, statistics, g, joined)  # p - 1 is taken in float64
         entry = padded((entry if folded is None else entry * nonzero(folded)).to(torch.float32), 0)
@@ -145,9 +154,9 @@ def backward(
             cdiv(gradient.shape[0], tile.rows) * cdiv(gradient.shape[1], tile.cols),
             **x.arguments(rows, cols, tile, gradient),
             p_entry=entry[rows.start :],
-            lines=(from_line(row_line, rows.start), from_line(col_line, cols.start), middle),
+            lines=(from_line(row_line, rows.start), from_line(col_line, cols.start)),
             gradient=x.block(gradient, tile.rows, tile.stored_cols),
-            FITS="one_exponential_is_exact" if middle is not None and tile.one_exponential else None,
+            FITS="one_exponential_is_exact" if shared else None,
             GRADIENT="clamped_gradient" if x.limited else "gradient",
             HALVES=tile.halves,
         )

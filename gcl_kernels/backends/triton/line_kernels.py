@@ -187,24 +187,36 @@ def load_gradient(p_g, stride, o_line, m_line, factor):
 
 
 @triton.jit
-def pack_line(p_lse, g, p_line, o_line, sizes, middle, SIGN: tl.constexpr, BOTH: tl.constexpr):
-    """Reference, gain and factor of some lines, as `lines.pack` says. g: (pointer, stride, factor) of their gradients."""
+def pack_line(p_lse, g, p_line, o_line, sizes, middle, SIGN: tl.constexpr, SIDE: tl.constexpr):
+    """What `lines.pack` says of some lines. g: (pointer, stride, factor) of their gradients. SIDE: of a tile, or None."""
     n, n_padded = sizes
-    m_line, m_stored = o_line < n, o_line < n_padded
+    m_line = o_line < n
     b_lse2 = load_lse2(p_lse, o_line, m_line)
     b_g = load_gradient(g[0], g[1], o_line, m_line, g[2])
     b_reference = b_lse2.to(tl.float32)
     b_gain = b_g * tl.exp2(b_reference.to(tl.float64) - b_lse2)
     # past the end: neither the highest row nor the lowest column of its tile
     b_past = tl.full(o_line.shape, -SIGN * float("inf"), tl.float32)
-    tl.store(p_line + o_line, tl.where(m_line, b_reference, b_past), mask=m_stored)
-    tl.store(p_line + n_padded + o_line, b_gain.to(tl.float32), mask=m_stored)
-    if BOTH:
+    b_reference = tl.where(m_line, b_reference, b_past)
+    tl.store(p_line + o_line, b_reference)
+    tl.store(p_line + n_padded + o_line, b_gain.to(tl.float32))
+    if SIDE is not None:
         b_factor = tl.exp2(SIGN * (b_lse2 - middle))
         if SIGN < 0:
             b_factor *= b_g
         b_factor = tl.where(m_line, b_factor, 0.0)
-        tl.store(p_line + 2 * n_padded + o_line, b_factor.to(tl.float32), mask=m_stored)
+        tl.store(p_line + 2 * n_padded + o_line, b_factor.to(tl.float32))
+        b_extreme = SIGN * highest_of_tile(SIGN * (b_reference.to(tl.float64) - middle), SIDE)
+        tl.store(p_line + 3 * n_padded + o_line, b_extreme.to(tl.float32))
+
+
+@triton.jit
+def highest_of_tile(b_x, SIDE: tl.constexpr):
+    """For each line the largest number in its tile of SIDE lines. NaN where one is."""
+    b_tiles = tl.reshape(b_x, (b_x.shape[0] // SIDE, SIDE))
+    b_nan = tl.max((b_tiles != b_tiles).to(tl.int32), 1) > 0
+    b_highest = tl.where(b_nan, float("nan"), tl.max(b_tiles, 1))
+    return tl.reshape(tl.broadcast_to(b_highest[:, None], b_tiles.shape), b_x.shape)
 
 
 @triton.jit
@@ -229,34 +241,30 @@ def pack_lines(
     g,  # pointers, gradients with respect to row, col and positive
     strides,  # of these
     p_scale,  # folded into G; None: it is not
-    lines,  # (3, n..) and (3, m..) float32, written; None where absent
-    p_middle,  # 0-d float32, written; None for one direction
+    lines,  # (4, n..) and (4, m..) float32, written, (2, ..) for one direction; None where absent
     p_entry,  # (n..) float32, written; None: no entries
     n,
     m,
     PAD: tl.constexpr,
     JOINED: tl.constexpr,
     NONZERO: tl.constexpr,  # a scale of 0 as `nonzero`
-    BLOCK: tl.constexpr,
+    SIDES: tl.constexpr,  # rows and columns of the backward's tiles, which divide PAD; None for one direction
 ):
-    BOTH: tl.constexpr = p_middle is not None
     i_block = tl.program_id(0)
     n_padded, m_padded = tl.cdiv(n, PAD) * PAD, tl.cdiv(m, PAD) * PAD
     factor = tl.full((), 1.0, tl.float64)
     if p_scale is not None:
         factor = nonzero(p_scale) if NONZERO else tl.load(p_scale).to(tl.float64)
     middle = tl.full((), 0.0, tl.float64)
-    if BOTH:
+    if SIDES[0] is not None:
         middle = (sampled_mean(lse[0], n) + sampled_mean(lse[1], m)) / 2
-        if i_block == 0:
-            tl.store(p_middle, middle.to(tl.float32))
-    n_blocks = n_padded // BLOCK
-    o_line = tl.arange(0, BLOCK)
+    n_blocks = n_padded // PAD
+    o_line = tl.arange(0, PAD)
     if i_block < n_blocks:
-        o_line += i_block * BLOCK
+        o_line += i_block * PAD
         m_line = o_line < n
         if lines[0] is not None:
-            pack_line(lse[0], (g[0], strides[0], factor), lines[0], o_line, (n, n_padded), middle, 1, BOTH)
+            pack_line(lse[0], (g[0], strides[0], factor), lines[0], o_line, (n, n_padded), middle, 1, SIDES[0])
         if p_entry is not None:
             b_positive = tl.load(p_positive + o_line, mask=m_line, other=0.0)
             b_entry = tl.zeros(o_line.shape, tl.float64)
@@ -272,10 +280,10 @@ def pack_lines(
             if JOINED and g[1] is not None:
                 b_g = load_gradient(g[1], strides[1], b_label, m_label, factor)
                 b_entry += positive_softmax(b_positive, lse[1], b_label, m_label) * b_g
-            tl.store(p_entry + o_line, tl.where(m_label, b_entry, 0.0).to(tl.float32), mask=o_line < n_padded)
+            tl.store(p_entry + o_line, tl.where(m_label, b_entry, 0.0).to(tl.float32))
     elif lines[1] is not None:
-        o_line += (i_block - n_blocks) * BLOCK
-        pack_line(lse[1], (g[1], strides[1], factor), lines[1], o_line, (m, m_padded), middle, -1, BOTH)
+        o_line += (i_block - n_blocks) * PAD
+        pack_line(lse[1], (g[1], strides[1], factor), lines[1], o_line, (m, m_padded), middle, -1, SIDES[1])
 
 
 @triton.jit(do_not_specialize=["n", "m"])

@@ -11,7 +11,7 @@ from .operands import PAD, contiguous
 from .partials import MERGE_LINES, MERGE_TILES, Parts
 from .run import run
 
-BLOCK = 128  # lines of a program, which divides PAD
+BLOCK = 128  # lines of a program
 ROWS, BLOCK_D = 8, 128  # of an inner product's program
 ONE_PROGRAM = 1024  # numbers at a time of a sum by one program
 BOTH = Want(row=True, col=True)
@@ -81,14 +81,15 @@ def pack(
     scale: Tensor | None,
     nonzero: bool,
     entries: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(row line, column line, middle, entries of positives), which `backward_tile` reads.
+    sides: tuple[int, int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(row line, column line, entries of positives), which `backward_tile` reads.
 
-    (3, N..) and (3, M..) float32: reference, gain and factor of each line, and the factors' middle. The factors are
-    exp2(r - middle) of a row and g exp2(middle - c) of a column: what the one-exponential form needs, which is for both
-    directions. For one there are neither factors nor a middle. A direction that is not there is None. Where a row has several
-    labels the caller makes the entries. `scale`: is multiplied into G; with `nonzero` a tiny number
-    is, where it is 0 (`line_kernels.nonzero`).
+    (4, N..) and (4, M..) float32: reference, gain, factor and extreme of each line. The factors are exp2(r - middle) of a row and
+    g exp2(middle - c) of a column. The extreme of a row is the largest r - middle in its tile, that of a column the least
+    c - middle in its own; `sides` are those of tiles. Both are what the one-exponential form needs, which is for both
+    directions: for one there are neither. A direction that is not there is None. Where a row has several labels the caller makes
+    the entries. `scale`: is multiplied into G; with `nonzero` a tiny number is, where it is 0 (`line_kernels.nonzero`).
     """
     positive = statistics.positive
     assert positive is not None
@@ -96,15 +97,14 @@ def pack(
     by_row, by_col = g.row is not None and statistics.row is not None, g.col is not None and statistics.col is not None
     lengths = round_up(n, PAD), round_up(m, PAD)
     row_line, col_line = (
-        positive.new_empty((3, length), dtype=torch.float32) if there else None
+        positive.new_empty((4 if by_row and by_col else 2, length), dtype=torch.float32) if there else None
         for length, there in zip(lengths, (by_row, by_col), strict=True)
     )
-    middle = positive.new_empty((), dtype=torch.float32) if by_row and by_col else None
     entry = positive.new_empty((lengths[0], 1), dtype=torch.float32) if entries else None
     upstream = (g.row if by_row else None, g.col if by_col else None, g.positive)
     run(
         "pack_lines",
-        (lengths[0] + (lengths[1] if by_col else 0)) // BLOCK,
+        (lengths[0] + (lengths[1] if by_col else 0)) // PAD,
         lse=(contiguous(statistics.row) if by_row else None, contiguous(statistics.col) if by_col else None),
         p_positive=positive.contiguous(),
         p_labels=contiguous(labels) if entries else None,
@@ -112,17 +112,16 @@ def pack(
         strides=tuple(0 if x is None else x.stride(0) for x in upstream),
         p_scale=scale,
         lines=(row_line, col_line),
-        p_middle=middle,
         p_entry=entry,
         n=n,
         m=m,
         PAD=PAD,
         JOINED=joined,
         NONZERO=nonzero,
-        BLOCK=BLOCK,
+        SIDES=sides if by_row and by_col else (None, None),
         num_warps=4,
     )
-    return row_line, col_line, middle, entry
+    return row_line, col_line, entry
 
 
 def sorted_labels(labels: Tensor, *, by_column: bool) -> tuple[Tensor, ...]:

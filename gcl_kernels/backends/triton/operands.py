@@ -128,6 +128,7 @@ def tile_constants(tile: TileShape, d: int) -> dict[str, Any]:
         "WHOLE_D": d % tile.d == 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **({} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}),
     }
 
 

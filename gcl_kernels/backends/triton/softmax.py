@@ -1,22 +1,24 @@
 """The softmax loss as functions of a tile. `kernels` runs them and knows none of them.
 
     epilogue(b_s, out, target, tile, place, HALVES, FAST) -> exact    the forward's, from a tile's negatives
-    fits(lines, place, BLOCK_ROWS, BLOCK_COLS) -> exact               whether the backward's fast form is exact in this tile
+    fits(lines, place, None) -> seen                                  what is read before the products, for the next
+    fits(lines, place, seen) -> exact                                 whether the backward's fast form is exact in this tile
     gradient(b_s, lines, place, FAST) -> b_g                          the backward's, G without its positives
 
 Logits are in base 2, `s2 = s log2(e)`, because exp2 is what the hardware has. Both passes need a tile's softmax by rows and by
-columns, and take both from one exponential a logit. If that would be inexact for a tile, which one scalar says, the kernel makes
-its logits again and uses two. Keeping the logits instead would cost registers in every tile, and this branch is rare. So an
-epilogue is asked with FAST first; where it returns that it is not exact, the kernel makes the logits again and asks without.
-An inexact answer has written nothing to `out`. `one_direction_stored` has then stored the tile's exponentials all the same, which
-does no harm: they are relative to a reference that was given, the same for both forms, so that the second form need not store
-them again; and `one_pass` makes a chunk again if that reference is too far from one of its lines.
+columns, and take both from one exponential a logit, or from two where that would be inexact for a tile. The backward knows
+which before it has the logits. The forward's exponentials themselves say it, and its kernel then makes the logits again: keeping
+them would cost registers in every tile, and this branch is rare. So an epilogue is asked with FAST first; where it returns that
+it is not exact, the kernel makes the logits again and asks without. An inexact answer has written nothing to `out`.
+`one_direction_stored` has then stored the tile's exponentials all the same, which does no harm: they are relative to a reference
+that was given, the same for both forms, so that the second form need not store them again; and `one_pass` makes a chunk again if
+that reference is too far from one of its lines.
 
     out     pointers to float32, written at [tile, line]: the (max, sum of exponentials) of the tile's rows and of its columns
     target  (matrix, stride): where the exponentials themselves are stored, if they are (`one_pass`)
     tile    (row tile, column tile), by number
-    lines   (row, col, p_middle): a direction's (p_line, stride), None where it is absent; p_line is (3, lines) float32,
-            reference, gain and factor (`lines.pack`)
+    lines   (row, col): a direction's (p_line, stride), None where it is absent; p_line is (4, lines) float32, reference, gain,
+            factor and extreme (`lines.pack`)
 """
 
 # The body of a kernel is Triton's language, which follows other rules than Python's types.
@@ -185,13 +187,19 @@ def store_parts(parts, b_top, b_total, i_first, n_lines):
 
 
 @triton.jit
-def one_exponential_is_exact(lines, place, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Whether `shared_gradient` is: no factor of it over- or underflows where it matters. False for NaN."""
-    row, col, p_middle = lines
-    middle = tl.load(p_middle)
-    high = tl.max(tl.load(row[0] + place[0] + tl.arange(0, BLOCK_ROWS)), 0)
-    low = tl.min(tl.load(col[0] + place[1] + tl.arange(0, BLOCK_COLS)), 0)
-    return (high - low <= SAFE_SPREAD) & (high - middle <= SAFE_SPREAD) & (middle - low <= SAFE_SPREAD)
+def one_exponential_is_exact(lines, place, seen):
+    """Whether `shared_gradient` is: no factor of it over- or underflows where it matters. False for NaN.
+
+    Two numbers say so, the tile's highest row and its lowest column, each relative to the factors' middle. `lines.pack` takes
+    them: reductions over the tile's own lines would stand before its first loads. Read before the products and compared after,
+    they arrive meanwhile.
+    """
+    if seen is None:
+        row, col = lines
+        return tl.load(row[0] + 3 * row[1] + place[0]), tl.load(col[0] + 3 * col[1] + place[1])
+    else:
+        high, low = seen
+        return (high - low <= SAFE_SPREAD) & (high <= SAFE_SPREAD) & (-low <= SAFE_SPREAD)
 
 
 @triton.jit

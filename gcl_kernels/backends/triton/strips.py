@@ -103,7 +103,6 @@ def forward(x: Operands, positive: Tensor, joined: bool) -> tuple[Lines, Tensor]
             FOLD=strips.fold,
             APART=strips.apart,
             FLATTEN=x.config.descriptors,
-            **({} if strips.maxnreg is None else {"maxnreg": strips.maxnreg}),
         )
         if row is not None and col is not None:
             row[rows].merge(row_sums, strips_of_row)
