@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import reference
-from gcl_kernels import GCLLoss, backends, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels import GCLLoss, backends, gcl_loss, nt_xent_loss, pairwise_logsumexp, sigmoid_loss, testing
 from tests.oracle import DTYPES, LOSS_NAMES, assert_accurate, run
 
 weights_like = st.sampled_from(("none", "uniform", "zeros", "huge", "one"))
@@ -258,3 +258,21 @@ def test_rows_far_from_what_their_first_tile_shows():
         x.double(), y.double(), 100.0, labels=torch.full((n,), -1), lhs_ids=lhs_ids, rhs_ids=rhs_ids
     )
     torch.testing.assert_close(statistics.row.double(), expected.row, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["softmax", "weighted", "views", "sigmoid"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_gradcheck_of_losses(name, n):
+    """Which also asks for the gradients of no upstream gradient."""
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(n, generator=g, dtype=torch.float64)
+    loss = {
+        "softmax": gcl_loss,
+        "weighted": lambda *given: gcl_loss(*given, weights=weights),
+        "views": nt_xent_loss,
+        "sigmoid": lambda *given: sigmoid_loss(*given, given[2] - 5),
+    }[name]
+    sides = [F.normalize(torch.randn(n, 4, generator=g, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2)]
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    with backends.settings(tile=(2, 2)):
+        assert torch.autograd.gradcheck(loss, (*sides, scale), fast_mode=True)
