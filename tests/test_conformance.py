@@ -13,7 +13,7 @@ from gcl_kernels.testing import __main__ as command
 from gcl_kernels.testing import cost, dense
 from gcl_kernels.testing.conformance import drawn
 
-QUICK = {"memory_sizes": (256, 512), "compiler": None}
+QUICK = {"memory_sizes": None, "compiler": None}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_our_loss_passes_every_row():
 
 
 def test_our_sigmoid_loss_passes():
-    report = testing.check_loss(sigmoid_loss, "siglip", **QUICK)
+    report = testing.check_loss(sigmoid_loss, "siglip", memory_sizes=(256, 512), compiler=None)
     results = {row.name: row.result for row in report.rows}
     assert report.passed, str(report)
     assert results["gradient of logit_bias"] == "pass"
@@ -152,9 +152,15 @@ class UsedUp(torch.autograd.Function):
 
 
 def overflows(lhs, rhs, scale):
-    """No maximum is taken off the logits. At a scale of 100 the exponential overflows."""
+    """As where no maximum is taken off the logits: at a scale of 100 the exponential overflows."""
     value = gcl_loss(lhs, rhs, scale)
     return value + 0 * torch.as_tensor(scale, dtype=torch.float32).detach().exp()
+
+
+def unit_vectors_only(lhs, rhs, scale):
+    """A fixed reference of the scale, which bounds the logits of unit vectors only."""
+    value = gcl_loss(lhs, rhs, scale)
+    return value + 0 * (scale * ((lhs * lhs).detach().float().sum(1).max() - 1)).exp()
 
 
 def no_ragged(lhs, rhs, scale):
@@ -176,6 +182,12 @@ def tensor_scale_only(lhs, rhs, scale):
     return gcl_loss(lhs, rhs, scale.clone())
 
 
+@pytest.mark.parametrize("name", ["no_module:f", "gcl_kernels", "gcl_kernels:nothing"])
+def test_a_name_that_leads_nowhere(name, capsys):
+    assert command.main([name]) == 2
+    assert capsys.readouterr().err.startswith(f"{name}: ")
+
+
 @pytest.mark.parametrize(
     ("loss", "row"),
     [
@@ -191,6 +203,7 @@ def tensor_scale_only(lhs, rhs, scale):
         (reads_beyond, "NaN beside the inputs"),
         (used_up, "backward twice"),
         (overflows, "scale 100"),
+        (unit_vectors_only, "features of any length"),
         (no_ragged, "ragged sizes"),
         (nan_on_duplicates, "duplicated rows"),
         (tensor_scale_only, "scale as a float"),
@@ -198,8 +211,21 @@ def tensor_scale_only(lhs, rhs, scale):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_fault_fails_the_row_that_names_it(loss, row):
-    draws = 0 if loss is no_ragged else 12
-    assert failed(loss, draws=draws) == {row}
+    draws = {half_accumulation: 8, no_ragged: 0}.get(loss, 3)
+    sizes = (256, 512) if row.startswith("memory") or loss is mutates else None
+    assert failed(loss, draws=draws, memory_sizes=sizes) == {row}
+
+
+def another_loss(lhs, rhs, scale, *, weights=None):
+    return 2 * gcl_loss(lhs, rhs, scale)
+
+
+def test_what_nothing_right_is_left_for_is_not_judged():
+    report = testing.check_loss(another_loss, **QUICK, draws=0)
+    assert len(report.failed) == 4
+    results = {row.name: row.result for row in report.rows}
+    for name in ("accuracy, bfloat16", "scale 100", "duplicated rows", "weights", "gradcheck"):
+        assert results[name] == "not judged"
 
 
 def test_faults_that_show_in_several_rows():
@@ -304,12 +330,6 @@ def test_command_writes_what_it_finds(tmp_path, capsys):
     page.write_text("no marks")
     assert command.main([names[0], *quick, "--markdown", str(page)]) == 2
     assert "expected a page with the marks" in capsys.readouterr().err
-
-
-def test_command_line():
-    line = [sys.executable, "-m", "gcl_kernels.testing", "no_module:f"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
 
 
 def test_testing_needs_no_hypothesis():

@@ -204,7 +204,8 @@ def test_options_that_are_named_exist(page):
     named = {code.split()[0].split("=")[0] for code in inline_code(page) if code.startswith("--")}
     if named:
         skip_without_harness()
-    known = {option for module in (*HARNESS, "gcl_kernels.plan") for option in parser_of(module)._option_string_actions}
+    others = ("gcl_kernels.plan", "gcl_kernels.testing", "bench")
+    known = {option for module in (*HARNESS, *others) for option in parser_of(module)._option_string_actions}
     assert named <= known
 
 

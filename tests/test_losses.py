@@ -276,3 +276,18 @@ def test_gradcheck_of_losses(name, n):
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
     with backends.settings(tile=(2, 2)):
         assert torch.autograd.gradcheck(loss, (*sides, scale), fast_mode=True)
+
+
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs", "rhs_to_lhs", "views"])
+def test_a_positive_alone_in_its_line_has_no_gradient(directions):
+    """However low its logit: -100 here, while all other pairs are hidden."""
+    x, y = (torch.full((2, 1), v, requires_grad=True) for v in (1.0, -1.0))
+    scale, ids = torch.tensor(100.0, requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    if directions == "views":
+        x, y = (v.detach()[:1].requires_grad_() for v in (x, y))
+        loss = nt_xent_loss(x, y, scale)
+    else:
+        loss = gcl_loss(x, y, scale, lhs_ids=ids, rhs_ids=ids, directions=directions)
+    gradients = torch.autograd.grad(loss, (x, y, scale))
+    assert loss == 0
+    assert all(g.eq(0).all() for g in gradients), gradients

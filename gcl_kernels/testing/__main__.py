@@ -56,6 +56,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load(name: str) -> Loss:
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError("expected module:function")
     function = getattr(importlib.import_module(module), attribute)
     return function() if isinstance(function, type) else function
 

@@ -18,6 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = ((1, 1), (2, 3), (7, 5), (33, 17))  # always there, smallest first: the first to fail is the smallest
 RAGGED = (1, 3, 15, 17, 31, 33, 63, 65, 127, 129)
 DRAWS = 12
+DIMS = tuple(d for d in EDGE_DIMS if d > 2)  # with fewer, rows are duplicates
 MEMORY_SIZES = (2048, 4096)
 BIAS = -10.0
 # Of a row that draws options: the parameters that a loss has to have.
@@ -27,15 +28,17 @@ OPTIONS = {
     "false-negative ids": ("lhs_ids", "rhs_ids"),
 }
 
+# Names, or their beginnings, of rows below those of QUANTITIES that compare with the dense loss.
+COMPARED = ("accuracy", "scale 0", "scale 100", "features", "ragged", "duplicated", "gradient over two ranks", *OPTIONS)
+
 
 def drawn(count: int, seed: int) -> list[Problem]:
-    """The smallest shapes, and `count` more with every geometry, in the order of their size."""
+    """The smallest shapes, and `count` more of unit vectors in every geometry, in the order of their size."""
     g = random.Random(seed)
     found = [problem(n, d) for n, d in SMALLEST]
     for _ in range(count):
-        geometry = g.choice(("random", "paired", "clustered", "wide"))
-        scale = g.choice((1.0, 14.3) if geometry == "wide" else (1.0, 14.3, 50.0))
-        found.append(problem(g.choice(EDGE_SIZES), g.choice(EDGE_DIMS), scale, geometry, g.randrange(2**16)))
+        geometry, scale = g.choice(("random", "paired", "clustered")), g.choice((1.0, 14.3, 50.0))
+        found.append(problem(g.choice(EDGE_SIZES), g.choice(DIMS), scale, geometry, g.randrange(2**16)))
     return sorted(found, key=lambda p: (p.n * p.n * p.d, p.n))
 
 
@@ -70,10 +73,19 @@ class _Checks:
         self.rows.append(Row(name, result, detail))
         self.tell(name)
 
-    def single(self, name: str, check: Callable[[], str | None]) -> None:
-        """A row of one measurement, which may have something to tell."""
+    def skips(self, name: str) -> bool:
+        """Whether a row has no meaning: the loss says so, or nothing that it compares is right."""
         if name in self.left_out:
             self.add(name, "not offered")
+        elif not self.battery.judged and name.startswith(COMPARED):
+            self.add(name, "not judged")
+        else:
+            return False
+        return True
+
+    def single(self, name: str, check: Callable[[], str | None]) -> None:
+        """A row of one measurement, which may have something to tell."""
+        if self.skips(name):
             return
         try:
             self.add(name, "pass", check() or "")
@@ -90,8 +102,7 @@ class _Checks:
         dtype: torch.dtype = torch.float32,
     ) -> bool:
         """A row of several problems, up to the first where the property does not hold."""
-        if name in self.left_out:
-            self.add(name, "not offered")
+        if self.skips(name):
             return True
         fault = self.first_fault(check, problems, dtype)
         self.add(name, "fail" if fault else "pass", fault or "")
@@ -124,6 +135,8 @@ class _Checks:
         if not known.issuperset(needed):
             self.add(name, "not offered")
             return
+        if self.skips(name):
+            return
         for n, d in ((3, 2), *SMALLEST[2:]):
             p = problem(n, d, seed=1, options=True)
             inputs, options = self.inputs(p, torch.float32)
@@ -152,7 +165,7 @@ def check_loss(
     device: str = "cpu",
     draws: int = DRAWS,
     seed: int = 0,
-    memory_sizes: tuple[int, int] = MEMORY_SIZES,
+    memory_sizes: tuple[int, int] | None = MEMORY_SIZES,
     compiler: str | None = "aot_eager",
     tell: Callable[[str], None] = lambda name: None,
 ) -> Report:
@@ -176,7 +189,7 @@ def check_loss(
         device: of the inputs.
         draws: problems that are drawn beside the smallest ones.
         seed: of the draws.
-        memory_sizes: two N, whose peak memory is compared.
+        memory_sizes: two N, whose peak memory is compared. None leaves the row out.
         compiler: backend of torch.compile. `"inductor"` is the one that users have; it needs a C++ compiler and a minute. None
             leaves the row out.
         tell: called with the name of each row as it is done.
@@ -193,7 +206,8 @@ def check_loss(
         raise ValueError(f"constant: expected names among {', '.join(sides[1:])}, got {', '.join(without)}")
     dense = AGAINST[held] if isinstance(held, str) else held
     offered = [k for k, name in enumerate(sides[: 4 + (held == "siglip")]) if name not in without]
-    checks = _Checks(Battery(function, dense, offered), held == "siglip", device, tell)
+    numbers = tuple(k for k, name in enumerate(sides[1:]) if k > 1 and name in without)
+    checks = _Checks(Battery(function, dense, offered, numbers), held == "siglip", device, tell)
     battery, known, problems = checks.battery, parameters_of(function), drawn(draws, seed)
     plain = [problem(n, d) for n, d in SMALLEST]
 
@@ -201,21 +215,15 @@ def check_loss(
     for t in dtypes:
         if t != torch.float32:
             name = f"accuracy, {str(t).removeprefix('torch.')}"
-            half = [p for p in problems if t != torch.float16 or p.geometry != "wide"]
-            if battery.judged:
-                checks.over(name, battery.accurate, half, t)
-            else:
-                checks.add(name, "not judged")
+            checks.over(name, battery.accurate, problems, t)
     by_accuracy = {
         "scale 0": [problem(n, d, 0.0) for n, d in SMALLEST],
         "scale 100": [problem(n, d, 100.0) for n, d in SMALLEST],
+        "features of any length": [problem(n, d, geometry="wide") for n, d in SMALLEST],
         "ragged sizes": [problem(n, 7) for n in RAGGED],
     }
     for name, found in by_accuracy.items():
-        if battery.judged:
-            checks.over(name, battery.accurate, found)
-        else:
-            checks.add(name, "not judged")
+        checks.over(name, battery.accurate, found)
     checks.over("duplicated rows", battery.duplicates, plain)
     if symmetric(dense, checks.inputs(plain[2], torch.float64)[0]):
         checks.over("swap symmetry", battery.swap, plain)
@@ -243,10 +251,14 @@ def check_loss(
         checks.add("torch.compile", "not judged")
     else:
         checks.single("torch.compile", lambda: check_compiled(battery, small, compiler))
-    checks.single(
-        "memory linear in N",
-        lambda: check_memory(battery, lambda n: checks.inputs(problem(n, 16), torch.float32)[0], memory_sizes, device),
-    )
+    if memory_sizes is None:
+        checks.add("memory linear in N", "not judged")
+    else:
+        sizes = memory_sizes
+        checks.single(
+            "memory linear in N",
+            lambda: check_memory(battery, lambda n: checks.inputs(problem(n, 16), torch.float32)[0], sizes, device),
+        )
     if offers_ranks(function):
         pairs = checks.inputs(problem(16, 8), torch.float32)[0]
         checks.single("gradient over two ranks", lambda: check_ranks(function, pairs, battery.judged))

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..integrations.open_clip.importing import import_open_clip, import_torchvis
 
 PUBLIC: list[Callable[..., Any]] = []
 SCALE = ("logit_scale",)
+ZERO = ("scale 0",)  # of losses that refuse it
 
 
 def public(
@@ -54,6 +56,11 @@ def world() -> dict[str, Any]:
     if not distributed.is_initialized():
         return {"rank": 0, "world_size": 1}
     return {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
+
+
+def made_once(maker: Any) -> Any:
+    """Objects are made as a trainer makes them: once, and outside of a graph that torch.compile makes."""
+    return torch.compiler.disable(functools.cache(maker))
 
 
 def both_ways(one: Callable[..., Tensor], lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
@@ -112,11 +119,11 @@ def nt_xent_loss(lhs: Tensor, rhs: Tensor, scale: Any, *, process_group: Any = N
     return nt_xent_loss(F.normalize(lhs, dim=1), F.normalize(rhs, dim=1), scale, process_group=process_group)
 
 
-@public("gcl_kernels GCLLoss for sentence-transformers", "gcl_kernels", constant=SCALE, gathers=True)
+@public("gcl_kernels GCLLoss for sentence-transformers", "gcl_kernels", constant=SCALE, gathers=True, left_out=ZERO)
 def gcl_loss_of_sentences(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
     from ..integrations.sentence_transformers import GCLLoss
 
-    return ranking(GCLLoss, scale)(features(lhs, rhs), None)
+    return ranking(GCLLoss, number(scale))(features(lhs, rhs), None)
 
 
 # open_clip
@@ -134,7 +141,8 @@ def open_clip_local(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
 
 @public("open_clip.SigLipLoss", "open_clip_torch", "siglip", gathers=True)
 def open_clip_sigmoid(lhs: Tensor, rhs: Tensor, scale: Any, bias: Any) -> Tensor:
-    return import_open_clip().SigLipLoss(**world())(lhs, rhs, scale, bias)
+    import_open_clip()
+    return importlib.import_module("open_clip.loss").SigLipLoss(**world())(lhs, rhs, scale, bias)
 
 
 # torch
@@ -155,19 +163,27 @@ def linear_cross_entropy_chunked(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor
 # sentence-transformers: a model that hands on the embeddings; scale is a number
 
 
-def ranking(loss: Any, scale: Any, **options: Any) -> Any:
+@made_once
+def ranking(loss: Any, scale: float, **options: Any) -> Any:
     """Both directions of dot products, the documents and queries of all ranks being negatives."""
     from sentence_transformers import util  # pyright: ignore[reportMissingImports]
 
     return loss(
-        torch.nn.Identity(),
-        scale=number(scale),
+        Embedded(torch.nn.Identity()),
+        scale=scale,
         similarity_fct=util.dot_score,
         gather_across_devices=world()["world_size"] > 1,
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
         **options,
     )
+
+
+class Embedded(torch.nn.Sequential):
+    """A model that hands on embeddings."""
+
+    def forward(self, given: Any) -> Any:
+        return given
 
 
 def features(lhs: Tensor, rhs: Tensor) -> list[dict[str, Tensor]]:
@@ -180,10 +196,10 @@ def sentence_transformers_losses() -> Any:
     return importlib.import_module("sentence_transformers.losses")
 
 
-@public("MultipleNegativesRankingLoss", "sentence-transformers", constant=SCALE, gathers=True)
+@public("MultipleNegativesRankingLoss", "sentence-transformers", constant=SCALE, gathers=True, left_out=ZERO)
 def ranking_loss(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
     losses = sentence_transformers_losses()
-    return ranking(losses.MultipleNegativesRankingLoss, scale)(features(lhs, rhs), None)
+    return ranking(losses.MultipleNegativesRankingLoss, number(scale))(features(lhs, rhs), None)
 
 
 class _ByBackward(torch.autograd.Function):
@@ -208,40 +224,64 @@ class _ByBackward(torch.autograd.Function):
     "sentence-transformers",
     constant=SCALE,
     gathers=True,
-    left_out=("backward twice", "torch.compile", "gradcheck"),
+    left_out=(*ZERO, "backward twice", "torch.compile", "gradcheck"),
 )
 def cached_ranking_loss(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
-    loss = ranking(sentence_transformers_losses().CachedMultipleNegativesRankingLoss, scale, mini_batch_size=32)
+    loss = ranking(sentence_transformers_losses().CachedMultipleNegativesRankingLoss, number(scale), mini_batch_size=32)
     return _ByBackward.apply(lambda *sides: loss(features(*sides), None), lhs, rhs)  # pyright: ignore[reportReturnType]
 
 
 # pytorch-metric-learning and lightly: two views, which they normalise; the temperature is a number
 
 
-def metric_learning(name: str, lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
-    loss = getattr(importlib.import_module("pytorch_metric_learning.losses"), name)(temperature=temperature(scale))
-    if distributed.is_initialized():
-        wrapper = importlib.import_module("pytorch_metric_learning.utils.distributed").DistributedLossWrapper
-        loss = wrapper(loss)
+@made_once
+def metric_learning(name: str, temperature: float, mean: bool = False) -> Any:
+    module = importlib.import_module("pytorch_metric_learning")
+    losses, reducers = (importlib.import_module(f"{module.__name__}.{x}") for x in ("losses", "reducers"))
+    options = {"reducer": reducers.MeanReducer()} if mean else {}
+    loss = getattr(losses, name)(temperature=temperature, **options)
+    if not distributed.is_initialized():
+        return loss
+    return importlib.import_module(f"{module.__name__}.utils.distributed").DistributedLossWrapper(loss)
+
+
+def of_classes(loss: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Each pair is a class of its own."""
     labels = torch.arange(len(lhs), device=lhs.device).repeat(2) + world()["rank"] * len(lhs)
     return loss(torch.cat((lhs, rhs)), labels)
 
 
 @public("pytorch_metric_learning NTXentLoss", "pytorch-metric-learning", "nt_xent", constant=SCALE, gathers=True)
 def metric_learning_nt_xent(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
-    return metric_learning("NTXentLoss", lhs, rhs, scale)
+    return of_classes(metric_learning("NTXentLoss", temperature(scale)), lhs, rhs)
 
 
 @public("pytorch_metric_learning SupConLoss", "pytorch-metric-learning", "nt_xent", constant=SCALE, gathers=True)
 def metric_learning_supcon(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
-    return metric_learning("SupConLoss", lhs, rhs, scale)
+    return of_classes(metric_learning("SupConLoss", temperature(scale)), lhs, rhs)
+
+
+@public(
+    "pytorch_metric_learning SupConLoss(reducer=MeanReducer())",
+    "pytorch-metric-learning",
+    "nt_xent",
+    constant=SCALE,
+    gathers=True,
+)
+def metric_learning_supcon_mean(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
+    return of_classes(metric_learning("SupConLoss", temperature(scale), mean=True), lhs, rhs)
 
 
 @public("lightly NTXentLoss", "lightly", "nt_xent", constant=SCALE, gathers=True)
 def lightly_nt_xent(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
+    return lightly_loss(temperature(scale), world()["world_size"] > 1)(lhs, rhs)
+
+
+@made_once
+def lightly_loss(temperature: float, gather: bool) -> Any:
     import_torchvision()
     loss = importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss
-    return loss(temperature=temperature(scale), gather_distributed=world()["world_size"] > 1)(lhs, rhs)
+    return loss(temperature=temperature, gather_distributed=gather)
 
 
 # of two libraries of kernels for GPUs, what a CPU can run
@@ -274,5 +314,6 @@ def _siglip_kernel_reference() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile looks a function's module up by its name
     spec.loader.exec_module(module)
     return module

@@ -64,9 +64,12 @@ MARKS: dict[Result, str] = {"pass": "yes", "fail": "**no**", "not offered": "-",
 
 def side_by_side(titles: Sequence[str], reports: Sequence[Report]) -> str:
     """Markdown: a line a property, a column a loss, and below it the smallest failing case of each."""
-    names = list(dict.fromkeys(row.name for report in reports for row in report.rows))
+    longest_first = sorted(reports, key=lambda report: -len(report.rows))
+    names = list(dict.fromkeys(row.name for report in longest_first for row in report.rows))
     columns = [{row.name: row for row in report.rows} for report in reports]
-    lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    numbers = range(1, len(titles) + 1)
+    lines = [*(f"{k}. {title}" for k, title in zip(numbers, titles, strict=True)), ""]
+    lines += ["| | " + " | ".join(map(str, numbers)) + " |", "|---|" + "---|" * len(titles)]
     for name in names:
         cells = [MARKS[column[name].result] if name in column else MARKS["not offered"] for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
