@@ -227,7 +227,8 @@ def test_options_that_are_named_exist(page):
     named = {code.split()[0].split("=")[0] for code in inline_code(page) if code.startswith("--")}
     if named:
         skip_without_harness()
-    known = {option for module in (*HARNESS, "gcl_kernels.plan") for option in parser_of(module)._option_string_actions}
+    others = ("gcl_kernels.plan", "gcl_kernels.testing", "bench")
+    known = {option for module in (*HARNESS, *others) for option in parser_of(module)._option_string_actions}
     if title(page) == "open_clip.md":
         params = importlib.import_module("open_clip_train.params")
         known |= set(parser_made_by(params.parse_args, "open_clip_train", [])._option_string_actions)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import reference
-from gcl_kernels import GCLLoss, backends, gcl_loss, pairwise_logsumexp, testing
+from gcl_kernels import GCLLoss, backends, gcl_loss, nt_xent_loss, pairwise_logsumexp, sigmoid_loss, testing
 from tests.oracle import DTYPES, LOSS_NAMES, assert_accurate, run
 
 weights_like = st.sampled_from(("none", "uniform", "zeros", "huge", "one"))
@@ -258,3 +258,36 @@ def test_rows_far_from_what_their_first_tile_shows():
         x.double(), y.double(), 100.0, labels=torch.full((n,), -1), lhs_ids=lhs_ids, rhs_ids=rhs_ids
     )
     torch.testing.assert_close(statistics.row.double(), expected.row, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["softmax", "weighted", "views", "sigmoid"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_gradcheck_of_losses(name, n):
+    """Which also asks for the gradients of no upstream gradient."""
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(n, generator=g, dtype=torch.float64)
+    loss = {
+        "softmax": gcl_loss,
+        "weighted": lambda *given: gcl_loss(*given, weights=weights),
+        "views": nt_xent_loss,
+        "sigmoid": lambda *given: sigmoid_loss(*given, given[2] - 5),
+    }[name]
+    sides = [F.normalize(torch.randn(n, 4, generator=g, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2)]
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    with backends.settings(tile=(2, 2)):
+        assert torch.autograd.gradcheck(loss, (*sides, scale), fast_mode=True)
+
+
+@pytest.mark.parametrize("directions", ["both", "lhs_to_rhs", "rhs_to_lhs", "views"])
+def test_a_positive_alone_in_its_line_has_no_gradient(directions):
+    """However low its logit: -100 here, while all other pairs are hidden."""
+    x, y = (torch.full((2, 1), v, requires_grad=True) for v in (1.0, -1.0))
+    scale, ids = torch.tensor(100.0, requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    if directions == "views":
+        x, y = (v.detach()[:1].requires_grad_() for v in (x, y))
+        loss = nt_xent_loss(x, y, scale)
+    else:
+        loss = gcl_loss(x, y, scale, lhs_ids=ids, rhs_ids=ids, directions=directions)
+    gradients = torch.autograd.grad(loss, (x, y, scale))
+    assert loss == 0
+    assert all(g.eq(0).all() for g in gradients), gradients

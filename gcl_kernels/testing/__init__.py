@@ -1,8 +1,12 @@
-"""For people who property-test their own losses: Hypothesis strategies and the accuracy rule. Needs `hypothesis`.
+"""For people who test their own losses: `check_loss`, the accuracy rule, and Hypothesis strategies.
 
-Strategies draw shapes, options and a seed, never elements: a failing case shrinks to the smallest shape and prints as one
-line, and torch makes the numbers. `assert_as_accurate` holds a fast implementation against the error that plain PyTorch
-makes in the same dtype, instead of a hand-picked tolerance.
+`check_loss(my_loss)` holds a loss against a dense one, property by property, and prints a table. It needs torch alone.
+`python -m gcl_kernels.testing module:function` does the same from the command line.
+
+The strategies need `hypothesis`, and nothing else here does: `pip install "gcl_kernels[test]"`. They draw shapes, options and a
+seed, never elements: a failing case shrinks to the smallest shape and prints as one line, and torch makes the numbers.
+`assert_as_accurate` holds a fast implementation against the error that plain PyTorch makes in the same dtype, instead of a
+hand-picked tolerance.
 
     from hypothesis import given
     from gcl_kernels import testing
@@ -16,6 +20,8 @@ makes in the same dtype, instead of a hand-picked tolerance.
         testing.assert_as_accurate(actual, dense, exact, floor=testing.floor(*batch.differentiable))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .accuracy import (
     assert_as_accurate,
     dense_forms,
@@ -24,19 +30,12 @@ from .accuracy import (
     relative_error,
     value_and_gradients,
 )
-from .conformance import Report, check_loss
-from .strategies import (
-    EDGE_DIMS,
-    EDGE_SIZES,
-    Batch,
-    FieldProblem,
-    PartsProblem,
-    Problem,
-    field_problems,
-    loss_options,
-    parts_problems,
-    problems,
-)
+from .conformance import check_loss
+from .drawn import EDGE_DIMS, EDGE_SIZES, Batch, FieldProblem, PartsProblem, Problem
+from .report import Report, Row
+
+if TYPE_CHECKING:
+    from .strategies import field_problems, loss_options, parts_problems, problems
 
 __all__ = [
     "EDGE_DIMS",
@@ -46,6 +45,7 @@ __all__ = [
     "PartsProblem",
     "Problem",
     "Report",
+    "Row",
     "assert_as_accurate",
     "check_loss",
     "dense_forms",
@@ -58,3 +58,17 @@ __all__ = [
     "relative_error",
     "value_and_gradients",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("field_problems", "loss_options", "parts_problems", "problems"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import strategies
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise ImportError(
+            f'gcl_kernels.testing.{name}: expected the package hypothesis, got none: pip install "gcl_kernels[test]"'
+        ) from None
+    return getattr(strategies, name)

@@ -2,194 +2,273 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import random
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import accuracy
+from .battery import QUANTITIES, Battery, Inputs, Loss, check_compiled, check_memory
+from .dense import AGAINST
+from .drawn import EDGE_DIMS, EDGE_SIZES, Problem
+from .ranks import NotImportable, check_ranks, offers_ranks, parameters_of
+from .report import Report, Result, Row
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 1), (2, 3), (7, 5), (33, 17))  # smallest first: the first to fail is the smallest
-Loss = Callable[..., Any]
+SMALLEST = ((1, 1), (2, 3), (7, 5), (33, 17))  # always there, smallest first: the first to fail is the smallest
+RAGGED = (1, 3, 15, 17, 31, 33, 63, 65, 127, 129)
+DRAWS = 12
+DIMS = tuple(d for d in EDGE_DIMS if d > 2)  # with fewer, rows are duplicates
+MEMORY_SIZES = (2048, 4096)
+BIAS = -10.0
+# Of a row that draws options: the parameters that a loss has to have.
+OPTIONS = {
+    "weights": ("weights",),
+    "labels": ("labels",),
+    "false-negative ids": ("lhs_ids", "rhs_ids"),
+}
+
+# Names, or their beginnings, of rows below those of QUANTITIES that compare with the dense loss.
+COMPARED = ("accuracy", "scale 0", "scale 100", "features", "ragged", "duplicated", "gradient over two ranks", *OPTIONS)
 
 
-def clip(lhs: Tensor, rhs: Tensor, scale: Any) -> Tensor:
-    """The mean over rows and columns of cross entropies with the diagonal as labels, halved."""
-    logits, labels = scale * lhs @ rhs.T, torch.arange(len(lhs), device=lhs.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+def drawn(count: int, seed: int) -> list[Problem]:
+    """The smallest shapes, and `count` more of unit vectors in every geometry, in the order of their size."""
+    g = random.Random(seed)
+    found = [problem(n, d) for n, d in SMALLEST]
+    for _ in range(count):
+        geometry, scale = g.choice(("random", "paired", "clustered")), g.choice((1.0, 14.3, 50.0))
+        found.append(problem(g.choice(EDGE_SIZES), g.choice(DIMS), scale, geometry, g.randrange(2**16)))
+    return sorted(found, key=lambda p: (p.n * p.n * p.d, p.n))
 
 
-def siglip(lhs: Tensor, rhs: Tensor, scale: Any, bias: Any) -> Tensor:
-    """-sum logsigmoid(z (scale lhs @ rhs.T + bias)) / N, z = 1 on the diagonal and -1 elsewhere."""
-    signs = 2 * torch.eye(len(lhs), dtype=lhs.dtype, device=lhs.device) - 1
-    return -F.logsigmoid(signs * (scale * lhs @ rhs.T + bias)).sum() / len(lhs)
+def problem(
+    n: int, d: int, scale: float = 14.3, geometry: str = "random", seed: int = 0, options: bool = False
+) -> Problem:
+    return Problem(
+        n=n, m=n, d=d, positives=0 if options else None, id_channels=int(options), distinct_ids=max(2, n // 2),
+        logit_scale=scale, geometry=geometry, strided=False, seed=seed,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """A property, whether it holds, and the smallest problem where it does not."""
-
-    name: str
-    passed: bool
-    detail: str = ""
+def named(p: Problem) -> str:
+    return f"N = {p.n}, D = {p.d}, scale {p.logit_scale:g}, {p.geometry}, seed {p.seed}"
 
 
-@dataclass(frozen=True)
-class Report:
-    """The `rows` of `check_loss`. `passed` where every row is."""
+class _Checks:
+    """Makes the rows of one report."""
 
-    rows: tuple[Row, ...]
+    def __init__(self, battery: Battery, biased: bool, device: str, tell: Callable[[str], None]) -> None:
+        self.battery, self.biased, self.device, self.tell = battery, biased, device, tell
+        self.left_out = getattr(battery.function, "left_out", ())
+        self.rows: list[Row] = []
 
-    @property
-    def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
+    def inputs(self, p: Problem, dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
+        batch = p.build(dtype, self.device)
+        bias = torch.tensor(BIAS, device=self.device).to(dtype).requires_grad_()
+        scale = batch.logit_scale.detach().to(dtype).requires_grad_()
+        return (batch.lhs, batch.rhs, scale, *([bias] if self.biased else [])), batch.options
 
-    def __str__(self) -> str:
-        lines = ["| property | result | smallest failing case |", "|---|---|---|"]
-        for row in self.rows:
-            detail = " ".join(row.detail.split()).replace("|", "/")
-            lines.append(f"| {row.name} | {'pass' if row.passed else 'fail'} | {detail} |")
-        return "\n".join(lines)
+    def add(self, name: str, result: Result, detail: str = "") -> None:
+        self.rows.append(Row(name, result, detail))
+        self.tell(name)
 
+    def skips(self, name: str) -> bool:
+        """Whether a row has no meaning: the loss says so, or nothing that it compares is right."""
+        if name in self.left_out:
+            self.add(name, "not offered")
+        elif not self.battery.judged and name.startswith(COMPARED):
+            self.add(name, "not judged")
+        else:
+            return False
+        return True
 
-@dataclass(frozen=True)
-class _Battery:
-    function: Loss
-    dense: Loss
-    biased: bool
-    device: str
-
-    def draw(self, n: int, d: int, dtype: torch.dtype, scale: float = 14.3) -> tuple[Tensor, ...]:
-        g = torch.Generator().manual_seed(n)
-        sides = [F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1).to(dtype) for _ in range(2)]
-        scalars = [torch.tensor(v, dtype=torch.promote_types(dtype, torch.float32)) for v in (scale, -10.0)]
-        scalars = [s.to(dtype) for s in scalars]
-        return tuple(x.to(self.device).requires_grad_() for x in (*sides, *scalars[: 1 + self.biased]))
-
-    def run(self, inputs: tuple[Tensor, ...], function: Loss | None = None) -> list[Tensor]:
-        return accuracy.value_and_gradients(lambda: (function or self.function)(*inputs), inputs)
-
-    def accurate(self, inputs: tuple[Tensor, ...]) -> None:
-        def forms() -> Iterator[list[Tensor]]:
-            yield self.run(inputs, self.dense)
-            for seed in range(1, accuracy.FORMS):
-                yield accuracy.value_and_gradients(
-                    lambda s=seed: self.dense(*accuracy.equivalent(*inputs[:3], seed=s), *inputs[3:]), inputs
-                )
-
-        names = ("loss", "dlhs", "drhs", "dscale", "dbias")[: 1 + len(inputs)]
-        floor = accuracy.floor(*inputs[:3]) + (_floor_of_bias(*inputs) if self.biased else 0.0)
-        accuracy.assert_as_accurate(self.run(inputs), forms(), accuracy.in_float64(self.dense, inputs), names, floor)
-
-    def duplicates(self, inputs: tuple[Tensor, ...]) -> None:
-        """Two equal pairs. Where there are no others the gradient is 0, of which there is no relative error."""
-        order = [0, 0, *range(2, len(inputs[0]))][: len(inputs[0])]
-        sides = (x.detach()[order].requires_grad_() for x in inputs[:2])
-        same = (*sides, *inputs[2:])
-        if len(order) > 2:
-            self.accurate(same)
-        assert all(bool(x.isfinite().all()) for x in self.run(same)), "a result is not finite"
-
-    def swap(self, inputs: tuple[Tensor, ...]) -> None:
-        value = self.function(*inputs)
-        _close(self.function(inputs[1], inputs[0], *inputs[2:]), value)
-
-    def permutation(self, inputs: tuple[Tensor, ...]) -> None:
-        order = torch.arange(len(inputs[0]) - 1, -1, -1, device=inputs[0].device)
-        value, dlhs, *_ = self.run(inputs)
-        moved = tuple(x.detach()[order].requires_grad_() for x in inputs[:2])
-        permuted, dmoved, *_ = self.run((*moved, *inputs[2:]))
-        _close(permuted, value)
-        _close(dmoved, dlhs[order])
-
-    def surrounded(self, inputs: tuple[Tensor, ...]) -> None:
-        """Non-contiguous views into storage that is NaN elsewhere."""
-        sides = []
-        for x in inputs[:2]:
-            storage = x.new_full((len(x) + 2, 2 * x.shape[1] + 2), float("nan")).detach()
-            storage[1:-1, 1:-1:2] = x.detach()
-            sides.append(storage[1:-1, 1:-1:2].requires_grad_())
-        for a, b in zip(self.run((*sides, *inputs[2:])), self.run(inputs), strict=True):
-            _close(a, b)
-
-    def deterministic(self, inputs: tuple[Tensor, ...]) -> None:
-        pairs = zip(self.run(inputs), self.run(inputs), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), "two runs differ"
-
-    def retained(self, inputs: tuple[Tensor, ...]) -> None:
-        value = self.function(*inputs)
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        first, second = (torch.autograd.grad(value, inputs, **options) for _ in range(2))
-        for a, b in zip(first, second, strict=True):
-            _close(a, b)
-
-    def unmodified(self, inputs: tuple[Tensor, ...]) -> None:
-        before = [x.detach().clone() for x in inputs]
-        self.run(inputs)
-        assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was modified"
-
-    def float_scale(self, inputs: tuple[Tensor, ...]) -> None:
-        _close(self.function(*inputs[:2], *(float(x.detach()) for x in inputs[2:])), self.function(*inputs))
-
-
-def _floor_of_bias(lhs: Tensor, rhs: Tensor, scale: Tensor, bias: Tensor) -> float:
-    """A bias is rounded once, by what all logits have in common; in half precision so are pairs of a line that are alike."""
-    wide = torch.promote_types(lhs.dtype, torch.float32)
-    floor = torch.finfo(wide).eps * abs(float(bias.detach()))
-    return floor if wide == lhs.dtype else floor + torch.finfo(lhs.dtype).eps / 2 / min(len(lhs), len(rhs)) ** 0.5
-
-
-def _close(actual: Tensor, expected: Tensor) -> None:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def _row(name: str, check: Callable[..., None], cases: Iterable[tuple[str, tuple[Tensor, ...]]]) -> Row:
-    for case, inputs in cases:
+    def single(self, name: str, check: Callable[[], str | None]) -> None:
+        """A row of one measurement, which may have something to tell."""
+        if self.skips(name):
+            return
         try:
-            check(inputs)
+            self.add(name, "pass", check() or "")
+        except NotImportable as fault:
+            self.add(name, "not judged", str(fault))
         except Exception as fault:  # any fault of the loss under test is its result
-            return Row(name, False, f"{case}: {type(fault).__name__}: {fault}"[:200])
-    return Row(name, True)
+            self.add(name, "fail", told(fault))
+
+    def over(
+        self,
+        name: str,
+        check: Callable[[Inputs], None],
+        problems: Iterable[Problem],
+        dtype: torch.dtype = torch.float32,
+    ) -> bool:
+        """A row of several problems, up to the first where the property does not hold."""
+        if self.skips(name):
+            return True
+        fault = self.first_fault(check, problems, dtype)
+        self.add(name, "fail" if fault else "pass", fault or "")
+        return fault is None
+
+    def first_fault(
+        self, check: Callable[[Inputs], None], problems: Iterable[Problem], dtype: torch.dtype
+    ) -> str | None:
+        for p in problems:
+            try:
+                check(self.inputs(p, dtype)[0])
+            except Exception as fault:  # any fault of the loss under test is its result
+                return f"{named(p)}: {told(fault)}"
+        return None
+
+    def quantities(self, problems: Sequence[Problem], offered: Sequence[int]) -> None:
+        """A row each for the value and the gradients in float32. What is wrong here is left out of the rows below."""
+        right = []
+        for k, name in enumerate(QUANTITIES[: 4 + self.biased]):
+            if k not in offered:
+                self.add(name, "not offered")
+                continue
+            self.battery.judged = [k]
+            if self.over(name, self.battery.accurate, problems):
+                right.append(k)
+        self.battery.judged = right
+
+    def option(self, name: str, needed: Sequence[str], known: set[str]) -> None:
+        """Against the dense loss with the same options."""
+        if not known.issuperset(needed):
+            self.add(name, "not offered")
+            return
+        if self.skips(name):
+            return
+        for n, d in ((3, 2), *SMALLEST[2:]):
+            p = problem(n, d, seed=1, options=True)
+            inputs, options = self.inputs(p, torch.float32)
+            ids = {k: options[k][:, 0].clamp(min=0) for k in ("lhs_ids", "rhs_ids")}
+            weights = torch.linspace(0, 3, n, device=self.device)
+            given = {"weights": weights, "labels": options["labels"].clamp(min=0), **ids}
+            try:
+                self.battery.accurate(inputs, **{k: given[k] for k in needed})
+            except Exception as fault:  # any fault of the loss under test is its result
+                self.add(name, "fail", f"{named(p)}: {told(fault)}")
+                return
+        self.add(name, "pass")
+
+
+def told(fault: Exception) -> str:
+    text = " ".join(str(fault).split())
+    return (text if isinstance(fault, AssertionError) else f"{type(fault).__name__}: {text}")[:240]
 
 
 def check_loss(
-    function: Loss, against: str | Loss = "clip", *, dtypes: Iterable[torch.dtype] = DTYPES, device: str = "cpu"
+    function: Loss,
+    against: str | Loss | None = None,
+    *,
+    constant: Sequence[str] | None = None,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    device: str = "cpu",
+    draws: int = DRAWS,
+    seed: int = 0,
+    memory_sizes: tuple[int, int] | None = MEMORY_SIZES,
+    compiler: str | None = "aot_eager",
+    tell: Callable[[str], None] = lambda name: None,
 ) -> Report:
     """Holds `function(lhs, rhs, logit_scale[, logit_bias])`, a scalar loss of two (N, D) tensors, against a dense one.
 
+    Value and gradients are held to the accuracy rule of `gcl_kernels.testing.accuracy`. What is wrong in float32 fails its own
+    row and is left out of the rows below, so that a fault is named once.
+
+    A function with a parameter `weights` (N,), `labels` (N,), `lhs_ids` and `rhs_ids` (N,) or `process_group` offers what the
+    name says, and is held to it; otherwise the row reads "not offered". Attributes of the function say more. `against` and
+    `constant` stand for the arguments. `gathers = True` says that it exchanges features over the default process group by
+    itself. `left_out` names rows that have no meaning for it. A module with attributes `rank` and `world_size` has them set on
+    each rank.
+
     Args:
         function: the loss under test.
-        against: "clip", "siglip" (which passes a logit_bias) or a dense function of three tensors.
+        against: `"clip"` (default), `"siglip"` (which passes a logit_bias), `"rows"` (lhs to rhs only), `"nt_xent"` (two views,
+            normalised) or a dense function of the same tensors.
+        constant: names, among `"lhs"`, `"rhs"`, `"logit_scale"` and `"logit_bias"`, that get no gradient by design.
         dtypes: where the accuracy rule is applied.
         device: of the inputs.
+        draws: problems that are drawn beside the smallest ones.
+        seed: of the draws.
+        memory_sizes: two N, whose peak memory is compared. None leaves the row out.
+        compiler: backend of torch.compile. `"inductor"` is the one that users have; it needs a C++ compiler and a minute. None
+            leaves the row out.
+        tell: called with the name of each row as it is done.
 
     Raises:
-        ValueError: `against` is another string.
+        ValueError: `against` or `constant` is another string.
     """
-    if isinstance(against, str) and against not in ("clip", "siglip"):
-        raise ValueError(f'against: expected "clip", "siglip" or a callable, got {against!r}')
-    dense = {"clip": clip, "siglip": siglip}[against] if isinstance(against, str) else against
-    battery = _Battery(function, dense, against == "siglip", device)
+    held: str | Loss = getattr(function, "against", "clip") if against is None else against
+    if isinstance(held, str) and held not in AGAINST:
+        raise ValueError(f"against: expected one of {', '.join(AGAINST)} or a callable, got {held!r}")
+    without: Sequence[str] = getattr(function, "constant", ()) if constant is None else constant
+    sides = [name.removeprefix("gradient of ") for name in QUANTITIES]
+    if not set(without) <= set(sides[1:]):
+        raise ValueError(f"constant: expected names among {', '.join(sides[1:])}, got {', '.join(without)}")
+    dense = AGAINST[held] if isinstance(held, str) else held
+    offered = [k for k, name in enumerate(sides[: 4 + (held == "siglip")]) if name not in without]
+    numbers = tuple(k for k, name in enumerate(sides[1:]) if k > 1 and name in without)
+    checks = _Checks(Battery(function, dense, offered, numbers), held == "siglip", device, tell)
+    battery, known, problems = checks.battery, parameters_of(function), drawn(draws, seed)
+    plain = [problem(n, d) for n, d in SMALLEST]
 
-    def cases(dtype: torch.dtype = torch.float32, scale: float = 14.3) -> list[tuple[str, tuple[Tensor, ...]]]:
-        return [(f"N = {n}, D = {d}", battery.draw(n, d, dtype, scale)) for n, d in SHAPES]
-
-    rows = [_row(f"accuracy, {str(t).removeprefix('torch.')}", battery.accurate, cases(t)) for t in dtypes]
-    rows += [_row(f"accuracy, scale {s:g}", battery.accurate, cases(scale=s)) for s in (0.0, 100.0)]
-    checks = {
-        "duplicated rows": battery.duplicates,
-        "swap symmetry": battery.swap,
+    checks.quantities(problems, offered)
+    for t in dtypes:
+        if t != torch.float32:
+            name = f"accuracy, {str(t).removeprefix('torch.')}"
+            checks.over(name, battery.accurate, problems, t)
+    by_accuracy = {
+        "scale 0": [problem(n, d, 0.0) for n, d in SMALLEST],
+        "scale 100": [problem(n, d, 100.0) for n, d in SMALLEST],
+        "features of any length": [problem(n, d, geometry="wide") for n, d in SMALLEST],
+        "ragged sizes": [problem(n, 7) for n in RAGGED],
+    }
+    for name, found in by_accuracy.items():
+        checks.over(name, battery.accurate, found)
+    checks.over("duplicated rows", battery.duplicates, plain)
+    if symmetric(dense, checks.inputs(plain[2], torch.float64)[0]):
+        checks.over("swap symmetry", battery.swap, plain)
+    else:
+        checks.add("swap symmetry", "not offered")
+    for name, check in {
         "permutation equivariance": battery.permutation,
-        "strided views beside NaN": battery.surrounded,
+        "strided inputs": battery.strided,
+        "NaN beside the inputs": battery.surrounded,
         "determinism": battery.deterministic,
         "backward twice": battery.retained,
         "inputs unmodified": battery.unmodified,
         "scale as a float": battery.float_scale,
-    }
-    rows += [_row(name, check, cases()) for name, check in checks.items()]
-    return Report(tuple(rows))
+    }.items():
+        checks.over(name, check, plain)
+    again = all(row.passed for row in checks.rows if row.name == "backward twice")  # which gradcheck does
+    if again and set(battery.judged) - {0} and 0 in battery.judged:
+        checks.over("gradcheck", battery.gradcheck, plain[:3], torch.float64)
+    else:
+        checks.add("gradcheck", "not judged")
+    for name, needed in OPTIONS.items():
+        checks.option(name, needed, known)
+    small = checks.inputs(plain[3], torch.float32)[0]
+    if compiler is None:
+        checks.add("torch.compile", "not judged")
+    else:
+        checks.single("torch.compile", lambda: check_compiled(battery, small, compiler))
+    if memory_sizes is None:
+        checks.add("memory linear in N", "not judged")
+    else:
+        sizes = memory_sizes
+        checks.single(
+            "memory linear in N",
+            lambda: check_memory(battery, lambda n: checks.inputs(problem(n, 16), torch.float32)[0], sizes, device),
+        )
+    if offers_ranks(function):
+        pairs = checks.inputs(problem(16, 8), torch.float32)[0]
+        checks.single("gradient over two ranks", lambda: check_ranks(function, pairs, battery.judged))
+    else:
+        checks.add("gradient over two ranks", "not offered")
+    return Report(tuple(checks.rows))
+
+
+def symmetric(dense: Loss, inputs: Inputs) -> bool:
+    """Whether the dense loss is the same with its sides exchanged."""
+    with torch.no_grad():
+        value, swapped = dense(*inputs), dense(inputs[1], inputs[0], *inputs[2:])
+    return bool(torch.isclose(value, swapped))

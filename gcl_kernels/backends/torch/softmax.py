@@ -242,6 +242,7 @@ def softmax_(s2: Tensor, dim: int, positives: Tensor | None, g: Tensor) -> Tenso
     lse2 = top + total.log2()
     if positives is not None:
         lse2 = torch.logaddexp2(lse2, positives)
-    gain = g * torch.exp2(top - lse2.masked_fill(lse2 == -math.inf, 0.0))
+    # top <= lse2, but where nothing is visible besides a positive: 0 times any finite gain is the gradient there
+    gain = g * torch.exp2((top - lse2.masked_fill(lse2 == -math.inf, 0.0)).clamp_(max=0.0))
     s2.mul_(gain.to(s2.dtype).unsqueeze(dim))
     return lse2 * LN2
