@@ -1,0 +1,180 @@
+"""What the search page is answered from: one corpus, embedded by one or two models, its pictures and its grades."""
+
+from __future__ import annotations
+
+import functools
+import io
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from PIL.Image import Image
+
+from gcl_kernels.training.data import KEY_END, load_image
+from gcl_kernels.training.errors import InputError
+from gcl_kernels.training.searching import Searcher
+
+KEYS = "ab"
+"""What the models are called in requests."""
+
+LONGEST_SHOWN = 500
+"""Characters of a title or of a column's value that are sent."""
+
+VALUES_LISTED = 100
+"""Values of a column that are offered as a filter; a column with more is not listed."""
+
+SUGGESTED = 200
+"""Queries with graded documents of this corpus that the page offers."""
+
+PICTURE_SIDE, PICTURES_KEPT = 384, 512
+"""Of a picture as it is sent: pixels of its longer side, and how many are kept in memory."""
+
+
+@dataclass
+class Opened:
+    """A searcher and what its model is called."""
+
+    name: str
+    searcher: Searcher
+
+
+@dataclass
+class State:
+    """`models` are one or two; `columns` are shown and filtered by; `grades` maps a query, see `key_of`, to documents' grades."""
+
+    corpus: str
+    models: Sequence[Opened]
+    columns: Sequence[str] = ()
+    judged: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.grades = {key_of(query): grades for query, grades in self.judged.items()}
+        self.picture = functools.lru_cache(PICTURES_KEPT)(self._picture)
+        self._listed = {column: self._values(column) for column in self.columns}
+        here = self.models[0].searcher.documents
+        self._suggested = [
+            query.replace(KEY_END, "") for query, grades in self.judged.items() if any(map(here.__contains__, grades))
+        ][:SUGGESTED]
+        self._decoding = threading.Lock()
+
+    def searcher(self, key: str) -> Searcher:
+        """The searcher of the model `"a"` or `"b"`.
+
+        Raises:
+            InputError: no such model.
+        """
+        place = KEYS.find(key)
+        if len(key) != 1 or not 0 <= place < len(self.models):
+            raise InputError(f"model: expected one of {list(KEYS[: len(self.models)])}, got '{key[:20]}'")
+        return self.models[place].searcher
+
+    def about(self) -> dict[str, Any]:
+        """What `/api/corpus` says."""
+        return {
+            "name": self.corpus,
+            "size": len(self.models[0].searcher),
+            "columns": self._listed,
+            "models": [
+                {
+                    "key": key,
+                    "name": of.name,
+                    "size": len(of.searcher),
+                    "dimensions": of.searcher.vectors.shape[1],
+                    "fields": of.searcher.model.right[1],
+                    "exact": of.searcher.index is None,
+                }
+                for key, of in zip(KEYS, self.models, strict=False)
+            ],
+            "judged": len(self.grades),
+            "queries": self._suggested,
+        }
+
+    def search(
+        self,
+        key: str,
+        text: str,
+        picture: Image | None,
+        k: int,
+        *,
+        weights: Mapping[str, float] | None,
+        query_weights: Mapping[str, float] | None,
+        where: Mapping[str, Sequence[str]],
+    ) -> dict[str, Any]:
+        """What `/api/search` says.
+
+        Raises:
+            InputError: as `Searcher.search`; a filter by a column that is not among `columns`.
+        """
+        searcher = self.searcher(key)
+        if unknown := [column[:100] for column in where if column not in self.columns]:
+            raise InputError(f"where: expected columns among {list(self.columns)}, got {unknown}")
+        names = searcher.model.query_keys
+        if unknown := [name[:100] for name in query_weights or () if name not in names]:
+            raise InputError(f"query_weights: expected fields among {list(names)}, got {unknown}")
+        values: dict[str, str | Image] = {names["text"]: text}
+        if picture is not None:
+            values[names["image"]] = picture
+        started = time.perf_counter()
+        vector = searcher.model.embed_query(values, {names[name]: of for name, of in (query_weights or {}).items()})
+        embedded = time.perf_counter()
+        hits = searcher.search(vector, k, weights=weights, where=where or None)
+        ended = time.perf_counter()
+        grades = self.grades.get(key_of(text)) if picture is None else None
+        results = []
+        for rank, hit in enumerate(hits, 1):
+            document = searcher.document(hit.position)
+            results.append({
+                "rank": rank,
+                "id": hit.document_id,
+                "score": hit.score,
+                "title": searcher.title(hit.position)[:LONGEST_SHOWN],
+                "image": f"/image/{quote(hit.document_id, safe='')}" if _image_of(searcher, document) else None,
+                "columns": {column: document[column][:LONGEST_SHOWN] for column in self.columns if document[column]},
+                "grade": grades.get(hit.document_id, 0) if grades is not None else None,
+            })  # fmt: skip
+        return {
+            "model": key,
+            "judged": grades is not None,
+            "results": results,
+            "milliseconds": {"embed": 1e3 * (embedded - started), "search": 1e3 * (ended - embedded)},
+        }
+
+    def _picture(self, identity: str) -> tuple[bytes, str] | None:
+        """The picture of a document as PNG or JPEG and its content type; None if there is none, or it cannot be read.
+
+        It is decoded and encoded anew, so that nothing but pixels leaves, whatever the file holds.
+        """
+        for of in self.models:
+            document = of.searcher.documents.get(identity)
+            path = _image_of(of.searcher, document) if document else ""
+            if not path:
+                continue
+            try:
+                with self._decoding:  # a picture may have hundreds of megabytes of pixels
+                    picture = load_image(path)
+                    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            except InputError:
+                continue
+            small = max(picture.size) <= PICTURE_SIDE // 2  # drawings and icons, which JPEG would blur
+            content = io.BytesIO()
+            picture.save(content, "PNG" if small else "JPEG")
+            return content.getvalue(), "image/png" if small else "image/jpeg"
+        return None
+
+    def _values(self, column: str) -> list[str]:
+        values = sorted(filter(None, self.models[0].searcher.values(column)))
+        return values if len(values) <= VALUES_LISTED and all(len(of) <= LONGEST_SHOWN for of in values) else []
+
+
+def key_of(query: str) -> str:
+    """A query as grades are looked up by: without the mark that ends an id made of its text, in lower case."""
+    return " ".join(query.replace(KEY_END, " ").split()).casefold()
+
+
+def _image_of(searcher: Searcher, document: Mapping[str, str]) -> str:
+    """The path of a document's first image, "" where it has none."""
+    kinds = searcher.model.right[0]
+    return next((document[name] for name, kind in kinds.items() if kind == "img" and document[name]), "")
