@@ -26,7 +26,7 @@ LONGEST_SHOWN = 500
 VALUES_LISTED = 100
 """Values of a column that are offered as a filter; a column with more is not listed."""
 
-SUGGESTED = 200
+SUGGESTED = 12
 """Queries with graded documents of this corpus that the page offers."""
 
 PICTURE_SIDE, PICTURES_KEPT = 384, 512
