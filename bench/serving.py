@@ -29,6 +29,7 @@ from torch.nn.functional import normalize
 
 from gcl_kernels.training.search_model import SearchModel
 from gcl_kernels.training.searching import Searcher
+from gcl_kernels.training.serve import bound
 from gcl_kernels.training.serving.app import create_app
 from gcl_kernels.training.serving.state import Opened, State
 
@@ -107,7 +108,7 @@ def main() -> int:
     parser.add_argument("--clients", default="1,4,16,300", help="at a time; a list (default 1,4,16,300)")
     parser.add_argument("--requests", type=int, default=600, help="of each number of clients, at least two each")
     args = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listening:
+    with bound("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         server = multiprocessing.get_context("fork").Process(
             target=serve, args=(listening, args.documents, args.dimension), daemon=True

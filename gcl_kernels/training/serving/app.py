@@ -1,14 +1,13 @@
 """The HTTP side of the search page: a JSON API, the pictures of documents, and three static files.
 
 Whatever is asked, a request costs a bounded amount: the query's length, the number of results, the bytes and pixels of a
-picture, and the searches at a time are limited. Searches run beside the event loop, one after the other, each on all cores.
+picture are limited. Searches run beside the event loop, those that wait together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import html
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import gcl_kernels
-from gcl_kernels.training.data import decode_image
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.serving.state import State
+from gcl_kernels.training.serving.state import Asked, State
+from gcl_kernels.training.serving.turns import Turns
 
 STATIC = Path(__file__).with_name("static")
 
@@ -35,6 +34,9 @@ LONGEST_QUERY, MOST_RESULTS, MOST_NAMED = 1000, 100, 64
 
 MOST_BYTES, UPLOADS, UPLOAD_SECONDS = 10_000_000, 4, 30
 """Of pictures to search by: bytes of one, how many are in memory at a time, and how long one may take to arrive."""
+
+TOGETHER = 32
+"""Searches that are answered together at most."""
 
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; "
@@ -116,7 +118,7 @@ def create_app(state: State, *, hosts: Sequence[str] = ("*",)) -> FastAPI:
         title="gcl-serve", version=gcl_kernels.__version__, docs_url=None, redoc_url=None,
         description="Ranked search over a corpus with one or two trained models.",
     )  # fmt: skip
-    searches, pictures = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
+    turns, pictures = Turns(state.search, TOGETHER), anyio.CapacityLimiter(1)
     uploads = asyncio.Semaphore(UPLOADS)
 
     async def answer(
@@ -131,13 +133,7 @@ def create_app(state: State, *, hosts: Sequence[str] = ("*",)) -> FastAPI:
         filters: dict[str, list[str]] = {}
         for column, value in map(_named, where):
             filters.setdefault(column, []).append(value)
-        of_fields, of_query = _numbers(weights), _numbers(query_weights)
-
-        def work() -> dict[str, Any]:
-            image = decode_image(io.BytesIO(picture), "of the request") if picture is not None else None
-            return state.search(model, q, image, k, weights=of_fields, query_weights=of_query, where=filters)
-
-        return await anyio.to_thread.run_sync(work, limiter=searches)
+        return await turns(Asked(model, q, picture, k, _numbers(weights), _numbers(query_weights) or {}, filters))
 
     @app.get("/api/search", response_model=Answer, responses={400: {"model": Fault}})
     async def search(

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from PIL.Image import Image
+from torch import Tensor
 
-from gcl_kernels.training.data import KEY_END, load_image
+from gcl_kernels.training.data import KEY_END, decode_image, load_image
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.searching import Searcher
+from gcl_kernels.training.searching import Hit, Searcher
 
 KEYS = "ab"
 """What the models are called in requests."""
@@ -31,6 +33,25 @@ SUGGESTED = 12
 
 PICTURE_SIDE, PICTURES_KEPT = 384, 512
 """Of a picture as it is sent: pixels of its longer side, and how many are kept in memory."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A search: of model `"a"` or `"b"`, by a text, "" for none, and the bytes of a picture; weights as `Searcher.search`."""
+
+    model: str
+    text: str
+    picture: bytes | None = None
+    k: int = 10
+    weights: Mapping[str, float] | None = None
+    query_weights: Mapping[str, float] = field(default_factory=dict)
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def alike(self) -> Any:
+        """Equal for searches that differ in the query and k alone."""
+        filters = tuple((column, tuple(values)) for column, values in self.where.items())
+        return self.model, None if self.weights is None else tuple(self.weights.items()), filters
 
 
 @dataclass
@@ -92,37 +113,56 @@ class State:
             "queries": self._suggested,
         }
 
-    def search(
-        self,
-        key: str,
-        text: str,
-        picture: Image | None,
-        k: int,
-        *,
-        weights: Mapping[str, float] | None,
-        query_weights: Mapping[str, float] | None,
-        where: Mapping[str, Sequence[str]],
-    ) -> dict[str, Any]:
-        """What `/api/search` says.
+    def search(self, asked: Sequence[Asked]) -> list[dict[str, Any] | Exception]:
+        """What `/api/search` says to each request, or why it cannot be answered: those that differ in the query alone are
+        searched together.
 
-        Raises:
-            InputError: as `Searcher.search`; a filter by a column that is not among `columns`.
+        An answer may be an InputError: as of `Searcher.search`, or of a filter by a column that is not among `columns`.
         """
-        searcher = self.searcher(key)
-        if unknown := [column[:100] for column in where if column not in self.columns]:
+        answers: list[Any] = [None] * len(asked)
+        together: dict[Any, list[tuple[int, Tensor, float]]] = {}
+        for place, of in enumerate(asked):
+            started = time.perf_counter()
+            try:
+                vector = self._embed(of)
+            except InputError as error:
+                answers[place] = error
+                continue
+            together.setdefault(of.alike, []).append((place, vector, 1e3 * (time.perf_counter() - started)))
+        for places in together.values():
+            first = asked[places[0][0]]
+            searcher = self.searcher(first.model)
+            started = time.perf_counter()
+            try:
+                vectors, ks = (
+                    torch.stack([vector for _, vector, _ in places]),
+                    [asked[place].k for place, _, _ in places],
+                )
+                found = searcher.search_many(vectors, ks, weights=first.weights, where=first.where or None)
+            except InputError as error:
+                for place, _, _ in places:
+                    answers[place] = error
+                continue
+            took = 1e3 * (time.perf_counter() - started)
+            for (place, _, embedding), hits in zip(places, found, strict=True):
+                answers[place] = self._answer(asked[place], searcher, hits)
+                answers[place]["milliseconds"] = {"embed": embedding, "search": took}
+        return answers
+
+    def _embed(self, asked: Asked) -> Tensor:
+        model = self.searcher(asked.model).model
+        if unknown := [column[:100] for column in asked.where if column not in self.columns]:
             raise InputError(f"where: expected columns among {list(self.columns)}, got {unknown}")
-        names = searcher.model.query_keys
-        if unknown := [name[:100] for name in query_weights or () if name not in names]:
+        names = model.query_keys
+        if unknown := [name[:100] for name in asked.query_weights if name not in names]:
             raise InputError(f"query_weights: expected fields among {list(names)}, got {unknown}")
-        values: dict[str, str | Image] = {names["text"]: text}
-        if picture is not None:
-            values[names["image"]] = picture
-        started = time.perf_counter()
-        vector = searcher.model.embed_query(values, {names[name]: of for name, of in (query_weights or {}).items()})
-        embedded = time.perf_counter()
-        hits = searcher.search(vector, k, weights=weights, where=where or None)
-        ended = time.perf_counter()
-        grades = self.grades.get(key_of(text)) if picture is None else None
+        values: dict[str, str | Image] = {names["text"]: asked.text}
+        if asked.picture is not None:
+            values[names["image"]] = decode_image(io.BytesIO(asked.picture), "of the request")
+        return model.embed_query(values, {names[name]: of for name, of in asked.query_weights.items()})
+
+    def _answer(self, asked: Asked, searcher: Searcher, hits: Sequence[Hit]) -> dict[str, Any]:
+        grades = self.grades.get(key_of(asked.text)) if asked.picture is None else None
         results = []
         for rank, hit in enumerate(hits, 1):
             document = searcher.document(hit.position)
@@ -135,12 +175,7 @@ class State:
                 "columns": {column: document[column][:LONGEST_SHOWN] for column in self.columns if document[column]},
                 "grade": grades.get(hit.document_id, 0) if grades is not None else None,
             })  # fmt: skip
-        return {
-            "model": key,
-            "judged": grades is not None,
-            "results": results,
-            "milliseconds": {"embed": 1e3 * (embedded - started), "search": 1e3 * (ended - embedded)},
-        }
+        return {"model": asked.model, "judged": grades is not None, "results": results}
 
     def _picture(self, identity: str) -> tuple[bytes, str] | None:
         """The picture of a document as PNG or JPEG and its content type; None if there is none, or it cannot be read.
