@@ -17,8 +17,9 @@ pytest.importorskip("fastapi", reason="the search page needs fastapi")
 pytest.importorskip("uvicorn", reason="the search page needs uvicorn")
 testclient = pytest.importorskip("fastapi.testclient", reason="the tests of the search page need httpx2")
 
-from gcl_kernels.training.serve import main, name_of, parser, state_of  # noqa: E402
+from gcl_kernels.training.serve import bound, main, name_of, parser, state_of  # noqa: E402
 from gcl_kernels.training.serving import app as serving  # noqa: E402
+from gcl_kernels.training.serving.turns import Turns  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,48 @@ def test_many_requests_at_once_are_all_answered_as_one_alone(client):
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda number: found(client, q=f"shoe {number % 8}")["results"], range(200)))
     assert answers == [alone[number % 8] for number in range(200)]
+
+
+def test_requests_that_wait_are_answered_together_and_a_bad_one_alone_fails():
+    import asyncio
+
+    taken, go = [], threading.Event()
+
+    def answer(requests):
+        taken.append(list(requests))
+        if requests == [0]:
+            go.wait(20)
+        if 7 in requests:
+            raise ZeroDivisionError
+        return [ValueError(of) if of == 3 else 10 * of for of in requests]
+
+    async def ask():
+        turns = Turns(answer, 4)
+        tasks = [asyncio.create_task(turns(0))]
+        while not taken:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(turns(of)) for of in range(1, 8)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()  # one that does not wait any more is not asked
+        go.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        return found, await turns(8)
+
+    found, later = asyncio.run(ask())
+    assert taken == [[0], [1, 3, 4], [5, 6, 7], [8]]
+    assert [type(of).__name__ if isinstance(of, BaseException) else of for of in found] == [
+        0, 10, "CancelledError", "ValueError", 40, *["ZeroDivisionError"] * 3,
+    ]  # fmt: skip
+    assert later == 80
+
+
+def test_answers_do_not_wait_for_a_receipt():
+    with (
+        bound("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as made,
+    ):
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_a_search_does_not_block_other_requests(state, monkeypatch):
