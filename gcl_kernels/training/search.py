@@ -191,8 +191,9 @@ def search(args: argparse.Namespace) -> None:
 
     kinds = searcher.model.left[0]
     names = searcher.model.query_keys
+    weights: dict[str, float] = args.query_weights or {}
     fixed = {**dict(args.query_field), **({names["image"]: args.image} if args.image else {})}
-    query_weights = {names.get(key, key): value for key, value in (args.query_weights or {}).items()} or None
+    query_weights = {names.get(key, key): value for key, value in weights.items()} or None
     if unknown := set(query_weights or ()) - {*kinds, *names.values()}:
         raise InputError(f"--query-weights: expected fields among {[*kinds, *names]}, got {sorted(unknown)}")
     asked = []
