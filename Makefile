@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 # Threads that wait sleep instead of spinning: beside any other process, spinning costs small steps a factor of ten.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint docs package installs lowest bench curves properties clean
+.PHONY: demo test lint docs package installs lowest bench curves load properties clean
 
 demo: $(READY)  ## train and rank on a data set made here, with and without GCL weights
 	$(PY) -m gcl_kernels.training.demo
@@ -43,6 +43,9 @@ bench: $(READY)  ## ours beside its peers (5 minutes); threads wait as they do b
 curves: $(READY)  ## the scaling curves and the README's figure (a quarter of an hour)
 	env -u OMP_WAIT_POLICY $(PY) -m bench --curves --json bench/results/cpu-curves.json
 	$(PY) -m bench.report
+
+load: $(READY)  ## the search page's server: 100,000 documents, up to 300 requests at a time, on two cores
+	$(PY) -m bench.serving
 
 properties: $(READY)  ## the property tests and the damaged files with fresh draws, many more of them (tens of minutes)
 	HYPOTHESIS_PROFILE=properties $(PY) -m pytest tests -k "not training or fuzz"

@@ -218,7 +218,7 @@ def test_a_command_takes_its_arguments(words):
 
 HARNESS = tuple(
     f"gcl_kernels.training{name}"
-    for name in ("", ".evaluate", ".experiments", ".export", ".report", ".search", ".split")
+    for name in ("", ".evaluate", ".experiments", ".export", ".report", ".search", ".serve", ".split")
 )
 
 

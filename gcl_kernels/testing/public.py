@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from ..integrations.open_clip.importing import import_open_clip, import_torchvision
+from ..integrations.importing import import_open_clip, import_torchvision
 
 PUBLIC: list[Callable[..., Any]] = []
 SCALE = ("logit_scale",)

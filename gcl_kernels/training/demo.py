@@ -7,6 +7,7 @@ weights (plain CLIP) and once with the scores as weights (GCL), and shows what e
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -14,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gcl_kernels.training.data import KEY_END
+from gcl_kernels.training.files import write_json_atomically
 from gcl_kernels.training.glyphs import LEVELS, GlyphSet, build, render
 from gcl_kernels.training.memory import shown_peak
-from gcl_kernels.training.options import parse_args
+from gcl_kernels.training.options import parse_args, program
 from gcl_kernels.training.ranking import Evaluation
 from gcl_kernels.training.run import Run, train
 from gcl_kernels.training.validation import Line, metrics_table
@@ -90,7 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = out / "rankings.png"
     draw(glyphs, {split: {name: run.evaluations[str(path)] for name, run in runs.items()}
                   for split, (path, _) in files.items()}, picture)  # fmt: skip
-    print(f"picture: {picture}\n{time.perf_counter() - started:.0f} s in all")
+    judged = out / "judged.json"
+    write_json_atomically(judged, glyphs.grades)
+    models = [f"--model {shlex.quote(str(run.checkpoint))}" for run in runs.values()]
+    corpus = shlex.quote(str(files["zero-shot"][1]))
+    print(f"picture: {picture}\n{time.perf_counter() - started:.0f} s in all\n\nSearch the documents that training did not see, "
+          f"both models side by side:\n\n    {program('gcl_kernels.training.serve')} {' '.join(models)} --corpus {corpus} "
+          f"--judged {shlex.quote(str(judged))}")  # fmt: skip
     return 0
 
 
@@ -113,11 +121,7 @@ def draw(glyphs: GlyphSet, evaluations: dict[str, dict[str, Evaluation]], path: 
         chosen += [(split, row, texts[row]) for row in rich if texts[row] not in seen][:QUERIES_SHOWN]
 
     characters = {glyph.identity: glyph.character for glyph in glyphs.documents}
-    # The grades as derived; those of the evaluation are rescaled to 1..100.
-    grades = {
-        query.text: {glyphs.documents[position].identity: grade for position, grade in query.grades.items()}
-        for query in glyphs.queries
-    }
+    grades = glyphs.grades  # as derived; those of the evaluation are rescaled to 1..100
     block = SHOWN + 0.7  # columns of one run, and a gap
     inches = len(chosen) * 0.8
     figure = Figure(figsize=(16, inches + 1.5), dpi=110)

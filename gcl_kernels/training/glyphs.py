@@ -78,6 +78,14 @@ class GlyphSet:
     documents: list[Glyph]
     queries: list[Query]
 
+    @property
+    def grades(self) -> dict[str, dict[str, int]]:
+        """`{query: {document id: grade}}`."""
+        return {
+            query.text: {self.documents[position].identity: grade for position, grade in query.grades.items()}
+            for query in self.queries
+        }
+
     def write(self, folder: str | Path) -> dict[str, tuple[Path, Path]]:
         """Write the images, and for each of `SPLITS` the pairs as CSV and the corpus as JSON.
 
@@ -94,14 +102,8 @@ class GlyphSet:
                 "image": image.as_posix(),
             }
         novel = {glyph.identity for glyph in self.documents if glyph.novel}
-        queries = [
-            Judged(
-                query.text,
-                {self.documents[position].identity: grade for position, grade in query.grades.items()},
-                query.novel,
-            )
-            for query in self.queries
-        ]
+        grades = self.grades
+        queries = [Judged(query.text, grades[query.text], query.novel) for query in self.queries]
         return write_splits(folder, documents, novel, queries)
 
 

@@ -57,6 +57,11 @@ def add_model_options(made: argparse.ArgumentParser) -> None:
     model = made.add_argument_group("model; what is left out is as the checkpoint was trained, if it says so")
     model.add_argument("--pretrained", required=True, help="a checkpoint file, or open_clip's tag")
     model.add_argument("--model", "--model-name", help="default: as trained, else ViT-B-32")
+    add_field_options(model)
+
+
+def add_field_options(model: Any) -> None:
+    """The options of a group that say which fields a model's checkpoint was trained with, where it does not."""
     model.add_argument("--left-keys", type=parse_list, help="fields of the query; default: as trained, else text")
     model.add_argument("--right-keys", type=parse_list,
                        help="fields of the document; default: as trained, else image_local,title")  # fmt: skip
@@ -67,6 +72,26 @@ def add_model_options(made: argparse.ArgumentParser) -> None:
                        "where the name contains 'image' or 'img'")  # fmt: skip
     model.add_argument("--context-length", type=positive(int), help="default: as trained")
     model.add_argument("--workers", type=positive(int), default=4, help="threads that decode images (default 4)")
+
+
+def add_corpus_options(made: argparse.ArgumentParser) -> Any:
+    """The options that say which documents are searched, and how; `opened` reads them. Returns their group."""
+    corpus = made.add_argument_group("corpus")
+    corpus.add_argument("--corpus", "--doc-meta", required=True, metavar="FILE",
+                        help="JSON {id: {field: value}}, or CSV, TSV, Parquet or webdataset with a document a row")  # fmt: skip
+    corpus.add_argument(
+        "--doc-id-key", help="column that identifies the document, of a file of rows; default: by its name"
+    )
+    corpus.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    corpus.add_argument("--folder", type=Path, metavar="DIR",
+                        help="where the vectors are kept; default: one in .gcl-search for each corpus and model")  # fmt: skip
+    corpus.add_argument(
+        "--batch-size", type=positive(int), default=256, help="documents embedded at a time (default 256)"
+    )
+    corpus.add_argument("--index", choices=("auto", "none", *indexes.KINDS), default="auto",
+                        help=f"none: exact; faiss, hnswlib: approximate, and its recall is printed; auto: exact below "
+                        f"{INDEXED_FROM:,} documents, and above it the one that is installed (default auto)")  # fmt: skip
+    return corpus
 
 
 def load_model(args: argparse.Namespace) -> SearchModel:
@@ -94,21 +119,7 @@ def parser() -> Parser:
     made.add_argument("--show", type=parse_list, default=[], metavar="COLUMNS", help="columns printed beside the title")
     made.add_argument("--json", action="store_true", help="a JSON object a line for each query")
 
-    corpus = made.add_argument_group("corpus")
-    corpus.add_argument("--corpus", "--doc-meta", required=True, metavar="FILE",
-                        help="JSON {id: {field: value}}, or CSV, TSV, Parquet or webdataset with a document a row")  # fmt: skip
-    corpus.add_argument(
-        "--doc-id-key", help="column that identifies the document, of a file of rows; default: by its name"
-    )
-    corpus.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
-    corpus.add_argument("--folder", type=Path, metavar="DIR",
-                        help="where the vectors are kept; default: one in .gcl-search for each corpus and model")  # fmt: skip
-    corpus.add_argument(
-        "--batch-size", type=positive(int), default=256, help="documents embedded at a time (default 256)"
-    )
-    corpus.add_argument("--index", choices=("auto", "none", *indexes.KINDS), default="auto",
-                        help=f"none: exact; faiss, hnswlib: approximate, and its recall is printed; auto: exact below "
-                        f"{INDEXED_FROM:,} documents, and above it the one that is installed (default auto)")  # fmt: skip
+    corpus = add_corpus_options(made)
     corpus.add_argument(
         "--export", choices=tuple(FORMS), help="write ids and vectors, and search only if there is a query"
     )
@@ -179,18 +190,16 @@ def search(args: argparse.Namespace) -> None:
         say(f"{args.export}: {len(searcher)} vectors in {' and '.join(map(str, files))}")
 
     kinds = searcher.model.left[0]
-    text_key = next((key for key in kinds if kinds[key] == "txt"), "text")
-    image_key = next((key for key in kinds if kinds[key] == "img"), "image")
-    fixed = {**dict(args.query_field), **({image_key: args.image} if args.image else {})}
-    # "text" and "image" mean the model's own fields where it has them.
-    names: dict[str, str] = {"text": text_key, "image": image_key}
-    query_weights = {names.get(key) or key: value for key, value in (args.query_weights or {}).items()} or None
+    names = searcher.model.query_keys
+    weights: dict[str, float] = args.query_weights or {}
+    fixed = {**dict(args.query_field), **({names["image"]: args.image} if args.image else {})}
+    query_weights = {names.get(key, key): value for key, value in weights.items()} or None
     if unknown := set(query_weights or ()) - {*kinds, *names.values()}:
         raise InputError(f"--query-weights: expected fields among {[*kinds, *names]}, got {sorted(unknown)}")
     asked = []
 
     def answer(text: str) -> None:
-        values = {**fixed, **({text_key: text} if text else {})}
+        values = {**fixed, **({names["text"]: text} if text else {})}
         started = time.perf_counter()
         vector = searcher.model.embed_query(values, query_weights)
         embedded = time.perf_counter()

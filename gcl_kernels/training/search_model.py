@@ -92,6 +92,12 @@ class SearchModel:
             trained.get("doc_id_key"), length, training.get("step"), notes,
         )  # fmt: skip
 
+    @property
+    def query_keys(self) -> dict[str, str]:
+        """The query's field that `"text"` and `"image"` mean: the model's first of that kind, where it has one."""
+        kinds = self.left[0]
+        return {name: next((key for key in kinds if kinds[key] == kind), name) for name, kind in GENERIC.items()}
+
     @torch.inference_mode()
     def embed_query(
         self, values: str | Mapping[str, str | Image], weights: Mapping[str, float] | None = None
@@ -108,8 +114,7 @@ class SearchModel:
         """
         kinds, trained = self.left
         if isinstance(values, str):
-            # The first text of the model's own query fields, where it has one.
-            values = {next((key for key in kinds if kinds[key] == "txt"), "text"): values}
+            values = {self.query_keys["text"]: values}
         if unknown := [key for key in values if key not in kinds and key not in GENERIC]:
             raise InputError(f"query: expected fields among {[*kinds, *GENERIC]}, got {unknown}")
         given = {key: value for key, value in values.items() if not isinstance(value, str) or value.strip()}

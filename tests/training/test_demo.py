@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from PIL import Image
 
 from gcl_kernels.training.demo import RUNS, main
+from gcl_kernels.training.serve import parser, state_of
+from gcl_kernels.training.serving.state import Asked
 from gcl_kernels.training.splits import SPLITS
 
 
@@ -26,3 +29,11 @@ def test_the_demo_trains_twice_and_leaves_a_table_and_a_picture(tmp_path, capsys
     different = {key for key in options[0] if options[0][key] != options[1][key]}
     assert different == {"name", "score_to_weight"}
     assert [of_run["score_to_weight"] for of_run in options] == list(RUNS.values())
+    # The last line opens the search page on both models.
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["python", "-m", "gcl_kernels.training.serve"]
+    state = state_of(parser().parse_args([*command[3:], f"--folder={tmp_path / 'vectors'}"]))
+    about = state.about()
+    assert [model["name"] for model in about["models"]] == list(RUNS)
+    found = state.search([Asked("b", about["queries"][0], k=100)])[0]
+    assert max(of["grade"] for of in found["results"]) > 0

@@ -107,6 +107,19 @@ def test_search_is_the_dense_ranking_ties_included(seed, draws, k, filtered, wei
     assert [hit.document_id for hit in hits] == [searcher.document_ids[place] for place in order[:k]]
 
 
+@pytest.mark.parametrize("at_once", [1, 64, 1 << 24])
+@pytest.mark.parametrize("weights", [None, {"a": 0.2, "b": 0.8}])
+def test_queries_searched_together_find_what_each_finds_alone(at_once, weights, monkeypatch):
+    searcher = searcher_of({name: unit(9, 30, 5, seed=place) for place, name in enumerate("ab")}, {"a": 0.3, "b": 0.7})
+    queries, ks = unit(9, 7, 5, seed=3), [1, 2, 30, 50, 3, 4, 5]
+    alone = [searcher.search(query, k, weights=weights) for query, k in zip(queries, ks, strict=True)]
+    monkeypatch.setattr(searching, "SCORES_AT_ONCE", at_once)
+    assert searcher.search_many(queries, ks, weights=weights) == alone
+    assert [len(hits) for hits in alone] == [1, 2, 30, 30, 3, 4, 5]
+    with pytest.raises(InputError, match="k: expected a number > 0, got 0"):
+        searcher.search_many(queries, [*ks[:-1], 0])
+
+
 def test_equal_documents_of_a_large_corpus_come_in_the_order_of_evaluation():
     vectors = unit(1, 1, 64, seed=0).repeat(5000, 1)
     vectors[::7] = unit(1, 1, 64, seed=1)
