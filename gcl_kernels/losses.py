@@ -119,20 +119,16 @@ def gcl_loss(
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: for forward-mode derivatives and `torch.func.grad`, which `gcl_kernels.reference` has.
     """
-    if (
-        labels
-        is lhs_ids
-        is rhs_ids
-        is lhs_field_weights
-        is rhs_field_weights
-        is lhs_field_mask
-        is rhs_field_mask
-        is None
-        and rhs_bias is false_negative_margin is false_negative_ratio is process_group is backend is None
+    usual = (
+        labels is lhs_ids is rhs_ids is rhs_bias is process_group is backend is None
+        and lhs_field_weights is rhs_field_weights is lhs_field_mask is rhs_field_mask is None
+        and false_negative_margin is false_negative_ratio is None
         and (field_mode, directions, reduction, transport) == ("aggregate", "both", "mean", "all_gather")
         and (label_smoothing, z_loss) == (0, 0)
-    ):
-        small = whole.of_features(lhs, rhs, logit_scale, weights=weights)  # pyright: ignore[reportArgumentType]
+        and whole.needs_no_check(lhs, rhs, logit_scale, weights=weights)
+    )
+    if usual:
+        small = whole.of_checked(lhs, rhs, logit_scale, weights=weights)  # pyright: ignore[reportArgumentType]
         if small is not None:
             return small
     group = resolve_group(process_group)
@@ -174,7 +170,7 @@ def gcl_loss(
     plain = label_smoothing == z_loss == 0 and sides.whole and ranks is None
     if plain and linear.takes(first, weights, directions, reduction, backend):
         return linear.loss(false_negatives.hidden_in(first, None), weights, directions, reduction, backend)
-    if plain and directions == "both" and false_negatives == FalseNegatives():
+    if plain and not usual and directions == "both" and false_negatives == FalseNegatives():
         small = whole.softmax(first, weights, reduction, backend)
         if small is not None:
             return small.to(torch.promote_types(sides.dtype, torch.float32))

@@ -45,40 +45,50 @@ def sigmoid(pairs: Pairs, bias: Tensor, reduction: str, backend: str | None) -> 
     return _step(pairs, bias, None, reduction, backend)
 
 
-def of_features(
-    lhs: Tensor, rhs: Tensor, logit_scale: object, bias: object = None, weights: Tensor | None = None
-) -> Tensor | None:
-    """The mean of `softmax`, or of `sigmoid` beside a bias, of a loss's arguments as they came, where nothing about them needs a
-    check; None otherwise.
-
-    The checks of a public function take the host as long as a third of a step of 64 rows.
-    """
-    numbers = tuple(x for x in (logit_scale, bias) if isinstance(x, Tensor))
-    if (
-        not isinstance(logit_scale, Tensor)
-        or not (bias is None or isinstance(bias, (Tensor, float)))
-        or not isinstance(lhs, Tensor)
-        or not isinstance(rhs, Tensor)
-        or not eager(lhs, rhs, *numbers)
-        or lhs.ndim != 2
-        or lhs.shape != rhs.shape
-        or lhs.dtype != rhs.dtype
-        or lhs.dtype not in STEP_DTYPES
-        or not (lhs.device == rhs.device == logit_scale.device)
-        or any(x.ndim or x.dtype != STEP_DTYPES[lhs.dtype] or x.device != lhs.device for x in numbers)
-        or lhs.numel() == 0
-        or not (weights is None or _need_no_check(weights, lhs))
-        or torch.is_autocast_enabled(lhs.device.type)
-        or forward_ad._current_level >= 0
-    ):
+def of_features(lhs: Tensor, rhs: Tensor, logit_scale: object, bias: object = None) -> Tensor | None:
+    """The mean of `softmax`, or of `sigmoid` beside a bias, of a drop-in's arguments as they came, where nothing about them needs
+    a check; None otherwise."""
+    if not needs_no_check(lhs, rhs, logit_scale, bias):
         return None
+    return of_checked(lhs, rhs, logit_scale, bias)  # pyright: ignore[reportArgumentType]
+
+
+def of_checked(
+    lhs: Tensor, rhs: Tensor, logit_scale: Tensor, bias: Tensor | float | None = None, weights: Tensor | None = None
+) -> Tensor | None:
+    """None where it is to be made otherwise."""
     pairs = Pairs(lhs, rhs, logit_scale)
     if bias is None and linear.takes(pairs, weights, "both", "mean", None):
         return linear.loss(pairs, weights, "both", "mean", None)
     return _step(pairs, bias, weights, "mean", None) if lhs.device == CPU else None
 
 
-def _need_no_check(weights: Tensor, lhs: Tensor) -> bool:
+def needs_no_check(lhs: object, rhs: object, logit_scale: object, bias: object = None, weights: object = None) -> bool:
+    """Whether the arguments of a loss are already what its checks would make of them.
+
+    The checks of a public function take the host as long as a third of a step of 64 rows.
+    """
+    numbers = tuple(x for x in (logit_scale, bias) if isinstance(x, Tensor))
+    return (
+        isinstance(logit_scale, Tensor)
+        and (bias is None or isinstance(bias, (Tensor, float)))
+        and isinstance(lhs, Tensor)
+        and isinstance(rhs, Tensor)
+        and eager(lhs, rhs, *numbers)
+        and lhs.ndim == 2
+        and lhs.shape == rhs.shape
+        and lhs.dtype == rhs.dtype
+        and lhs.dtype in STEP_DTYPES
+        and lhs.device == rhs.device == logit_scale.device
+        and not any(x.ndim or x.dtype != STEP_DTYPES[lhs.dtype] or x.device != lhs.device for x in numbers)
+        and lhs.numel() > 0
+        and (weights is None or _need_no_check(weights, lhs))
+        and not torch.is_autocast_enabled(lhs.device.type)
+        and forward_ad._current_level < 0
+    )
+
+
+def _need_no_check(weights: object, lhs: Tensor) -> bool:
     """One number a row, which nobody may look at."""
     return (
         isinstance(weights, Tensor)

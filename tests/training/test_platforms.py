@@ -17,7 +17,7 @@ from gcl_kernels import chips, plan
 from gcl_kernels.plan import report
 from gcl_kernels.training import checkpoint, files, memory
 from gcl_kernels.training.errors import InputError
-from gcl_kernels.training.openclip import create_model
+from gcl_kernels.training.openclip import TINY_MODEL, create_model
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.run import train
 
@@ -85,7 +85,7 @@ def test_a_run_and_its_resumption_by_the_rules_of_windows(tmp_path, capsys):
     assert "peak memory unknown" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["peak_bytes"] is None
     found = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert found == {"best.pt", "epoch_latest.pt", "epoch_1.pt"}
+    assert found == {"best.pt", "epoch_latest.pt", "epoch_1.pt", f"{TINY_MODEL}.json"}
     again = train(parse_args([*argv, "--steps=3", "--resume=latest"]))
     assert again.losses[:2] == run.losses
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith(".tmp") or "probe" in path.name]

@@ -11,6 +11,7 @@ import torch
 from gcl_kernels.training import preparing, validation
 from gcl_kernels.training import run as training
 from gcl_kernels.training.__main__ import main
+from gcl_kernels.training.openclip import TINY_MODEL
 from gcl_kernels.training.options import parse_args
 from gcl_kernels.training.stopping import Stopped, Stopper
 from tests.training.children import with_dropout
@@ -53,7 +54,8 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_numbers(
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"stopped by {name}: --logs {tmp_path} --name run --resume latest goes on after step 2"
     )
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_2.pt", "epoch_latest.pt"}
+    found = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert found == {"step_2.pt", "epoch_latest.pt", f"{TINY_MODEL}.json"}
     resumed = training.train(parse_args([*options, "--resume=latest"]))
     assert resumed.losses == whole.losses
     assert "resumed from" in (tmp_path / "run" / "out.log").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ KERNEL_TESTS = (
     "test_sigmoid.py",
     "test_launch.py",
     "test_loss_of_lines.py",
+    "test_tape.py",
     "test_branches.py",
     "test_operators.py",
     "test_strips.py",
